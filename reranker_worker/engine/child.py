@@ -1,0 +1,203 @@
+"""The engine process: loads the model, then answers batches from one pipe on another until the front is gone.
+
+Three threads, so that work overlaps: one reads frames (and sees the front's end), one tokenizes, the main one scores.
+Nothing that a request contains is ever logged: of an exception only its type and place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from reranker_worker.backends import Backend, BackendError, open_backend
+from reranker_worker.config import Config
+from reranker_worker.engine.frames import FrameReader, pack
+from reranker_worker.engine.scoring import EngineSickError, Prepared, Scorer
+from reranker_worker.machine import usable_threads
+from reranker_worker.models import ModelError, ResolvedModel, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CHUNK_BYTES = 1 << 20
+_PROGRESS_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_KNOWN_PAIRS = (
+    ("What is the capital of France?", "Paris is the capital and largest city of France."),
+    ("What is the capital of France?", "Bread is baked from flour, water and salt."),
+)
+_KNOWN_PAIRS_FILE = "known_pairs.json"
+_TOLERANCE = {"float32": 1e-3}  # of a known logit; other kinds of CPU differ by about 1e-5
+_REDUCED_TOLERANCE = 0.25
+_INTERNAL_ERROR = 70
+_CORRUPT = 65
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run until the front goes away. argv: the results descriptor, the front's process id."""
+    results_fd, front_pid = int(argv[0]), int(argv[1])
+    _isolate(front_pid)
+    requests_fd = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    engine = _Engine(requests_fd, results_fd)
+    try:
+        engine.run()
+    except EngineSickError as error:
+        _log(f"the device is lost ({error}); ending for a restart")
+    except Exception as error:  # the process boundary
+        _log(_place(error))
+    os._exit(_INTERNAL_ERROR)
+
+
+def _isolate(front_pid: int) -> None:
+    """Live exactly as long as the front: its signals are not ours (it drains), its death is."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # a core dump would hold documents
+    if os.getppid() != front_pid:
+        os._exit(0)
+
+
+class _Engine:
+    """The loop. `_incoming` carries frames to the tokenizing thread, `_prepared` tokenized batches to the scoring one."""
+
+    def __init__(self, requests_fd: int, results_fd: int) -> None:
+        self._requests_fd = requests_fd
+        self._results_fd = results_fd
+        self._incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._prepared: queue.SimpleQueue[Prepared | BaseException] = queue.SimpleQueue()
+        self._last_sent = 0.0
+
+    def run(self) -> None:
+        """Load, report, serve; returns only by an exception."""
+        threading.Thread(target=self._read, name="read", daemon=True).start()
+        config = Config(**self._incoming.get()["config"])
+        backend = self._load(config)
+        scorer = Scorer(backend, config, _log)
+        threading.Thread(target=self._tokenize, args=(scorer,), name="tokenize", daemon=True).start()
+        while True:
+            prepared = self._prepared.get()
+            if isinstance(prepared, BaseException):
+                raise prepared
+            self._send(scorer.score(prepared, self._progress))
+
+    def _read(self) -> None:
+        frames = FrameReader()
+        while data := os.read(self._requests_fd, _CHUNK_BYTES):
+            for frame in frames.feed(data):
+                self._incoming.put(frame)
+        os._exit(0)  # the front is gone; whatever the other threads do is for nobody
+
+    def _tokenize(self, scorer: Scorer) -> None:
+        try:
+            while True:
+                self._prepared.put(scorer.prepare(self._incoming.get()))
+        except BaseException as error:  # handed to the main thread, which ends the process
+            self._prepared.put(error)
+
+    def _load(self, config: Config) -> Backend:
+        begin = time.monotonic()
+        try:
+            self._stage("resolving", 0, 0)
+            model = _resolve(config, self._stage)
+            self._stage("loading", 0, 0)
+            threads = config.threads or max(1, usable_threads() // config.engines)
+            backend = open_backend(config, model, threads)
+            self._stage("testing", 0, 0)
+            speed = _self_test(backend, model, config)
+        except (ModelError, BackendError) as error:
+            self._give_up(str(error), error.exit_code)
+        except Exception as error:  # a broken model can raise anything
+            _log(_place(error))
+            self._give_up(f"The model could not be loaded: {_summary(error)}", _CORRUPT)
+        info = {name: getattr(backend.info, name) for name in backend.info.__slots__}
+        info |= {"model": model.name, "model_path": str(model.path), "model_revision": model.revision, "model_source": model.source}
+        info |= {"load_time_ms": round((time.monotonic() - begin) * 1e3), "threads": threads, "tokens_per_ms": speed, "versions": _versions(backend)}
+        self._send({"event": "ready", "info": info})
+        return backend
+
+    def _give_up(self, error: str, exit_code: int) -> None:
+        self._send({"event": "load_failed", "error": error, "exit_code": exit_code})
+        os._exit(exit_code)
+
+    def _stage(self, stage: str, done: int, total: int) -> None:
+        self._send({"event": "loading", "stage": stage, "done": done, "total": total})
+
+    def _progress(self, batch: int) -> None:
+        if time.monotonic() - self._last_sent >= _PROGRESS_SECONDS:
+            self._send({"event": "progress", "batch": batch})
+
+    def _send(self, body: dict[str, Any]) -> None:
+        frame = memoryview(pack(body))
+        while frame:
+            frame = frame[os.write(self._results_fd, frame) :]
+        self._last_sent = time.monotonic()
+
+
+def _resolve(config: Config, stage: Any) -> ResolvedModel:
+    if config.backend == "fake":
+        from pathlib import Path
+
+        return ResolvedModel(name=config.model, path=Path(), revision=None, source="fake")
+    return resolve(config, stage)
+
+
+def _self_test(backend: Backend, model: ResolvedModel, config: Config) -> float:
+    """Score known pairs before `ready`; returns the speed seen, in tokens per millisecond. Raises BackendError if a score is wrong."""
+    import orjson
+
+    scorer = Scorer(backend, config, _log)
+    expected = [(query, document, None) for query, document in _KNOWN_PAIRS]
+    file = model.path / _KNOWN_PAIRS_FILE
+    if config.backend != "fake" and file.is_file():
+        expected += [(pair["query"], pair["document"], pair["logit"]) for pair in orjson.loads(file.read_bytes())]
+    groups = [[query, 0, 0, "", [document]] for query, document, _ in expected]
+    frame = scorer.score(scorer.prepare({"batch": 0, "groups": groups}), lambda batch: None)
+    if frame["failures"]:
+        raise BackendError(f"The model cannot score a known pair: {frame['failures'][0][2]}", _CORRUPT)
+    tolerance = _TOLERANCE.get(backend.info.dtype, _REDUCED_TOLERANCE)
+    for (_, _, wanted), logit in zip(expected, frame["logits"], strict=True):
+        if wanted is not None and abs(wanted - logit) > tolerance:
+            text = f"The model scores a known pair {logit:.4f} where {wanted:.4f} is expected; its files are not what was tested."
+            raise BackendError(text, _CORRUPT)
+    # The first pass warms up; the second tells the speed.
+    longest = ["reranking " * 60] * 4
+    frame = scorer.score(scorer.prepare({"batch": 0, "groups": [["speed", 0, 0, "", longest]]}), lambda batch: None)
+    return float(sum(frame["tokens"]) / max(0.05, frame["tokenize_ms"] + frame["inference_ms"]))
+
+
+def _versions(backend: Backend) -> dict[str, str]:
+    versions = getattr(backend, "versions", None)
+    return dict(versions()) if versions is not None else {}
+
+
+def _summary(error: Exception) -> str:
+    """One line of a loading error; no request has been seen yet, so its text is the model's or the library's."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:300]}".rstrip(": ")
+
+
+def _place(error: BaseException) -> str:
+    """Type and place of an exception, without its text, which may quote a document."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = " < ".join(f"{os.path.basename(frame.filename)}:{frame.lineno} {frame.name}" for frame in reversed(frames[-6:]))
+    return f"{type(error).__name__} at {where}"
+
+
+def _log(message: str) -> None:
+    """One line to the front, which wraps it as a log record."""
+    os.write(2, message.replace("\n", " ").encode("ascii", "backslashreplace")[:4000] + b"\n")

@@ -1,0 +1,98 @@
+"""From a model's name to a verified local directory: bundled in the package, a directory, the hub's cache, or the hub itself.
+
+A named model is never replaced by another: it is found, or the start fails with a `ModelError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reranker_worker.models.errors import MISSING, UNSAFE, ModelError, shown
+from reranker_worker.models.verify import verify
+
+if TYPE_CHECKING:
+    from reranker_worker.config import Config
+
+__all__ = ["BUNDLED_DIRECTORY", "ModelError", "Progress", "ResolvedModel", "resolve", "verify"]
+
+BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
+
+# (stage, done_bytes, total_bytes); stage is "download" or "verify". It may be called from any thread, one call at a time.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model directory that passed `verify`. `revision` is the hub's commit where one is known."""
+
+    name: str
+    path: Path
+    revision: str | None
+    source: str  # "bundled", "directory", "cache", "hub"
+
+
+def resolve(config: Config, progress: Progress) -> ResolvedModel:
+    """The verified directory of `config.model`; raises ModelError. Touches the network only for a hub model that is not cached."""
+    model = _find(config, progress)
+    verify(model.path, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code, progress=progress)
+    return model
+
+
+def _find(config: Config, progress: Progress) -> ResolvedModel:
+    name = config.model
+    if not name.strip() or len(name) > 4096 or not name.isprintable():
+        raise ModelError(
+            f"The model name {shown(name)} is empty, too long or holds control characters; name a directory or a hub id.", UNSAFE
+        )
+    if name == "bundled":
+        _refuse_revision(config)
+        if not (BUNDLED_DIRECTORY / "config.json").is_file():
+            text = (
+                "The bundled model is not part of this installation; install the complete package or name a model (RERANKING_MODEL_PATH)."
+            )
+            raise ModelError(text, MISSING)
+        return ResolvedModel(name, BUNDLED_DIRECTORY, None, "bundled")
+    if _is_path(name):
+        _refuse_revision(config)
+        return ResolvedModel(name, _directory(name), None, "directory")
+    from reranker_worker.models.hub import find_on_hub
+
+    path, source = find_on_hub(config, progress)
+    return ResolvedModel(name, path, path.name, source)
+
+
+def _is_path(name: str) -> bool:
+    """Whether the name means a local directory. `org/name` is one only if a model lies there; anything more path-like always is."""
+    if os.path.isabs(name) or name.startswith(("~", "." + os.sep, "./", "..")) or name in (".", ".."):
+        return True
+    if name.count("/") > 1 or name.endswith("/") or "\\" in name:
+        return True
+    return os.path.isfile(os.path.join(name, "config.json")) or ("/" in name and os.path.isfile(name))
+
+
+def _directory(name: str) -> Path:
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    try:
+        if path.is_file():
+            raise ModelError(f"The model path {shown(name)} is a file; name the directory that holds config.json and the weights.", MISSING)
+        if not path.is_dir():
+            raise ModelError(f"The model directory {shown(name)} does not exist; correct RERANKING_MODEL_PATH (or --model).", MISSING)
+        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+            raise ModelError(
+                f"The directory {shown(name)} holds no config.json, so it is not a model; name the directory that does.", MISSING
+            )
+    except OSError as error:
+        raise ModelError(
+            f"The model directory {shown(name)} cannot be read ({error.strerror}); check the path and its permissions.", MISSING
+        ) from error
+    return path
+
+
+def _refuse_revision(config: Config) -> None:
+    if config.model_revision:
+        text = "RERANKING_MODEL_REVISION names a revision, but only models from the hub have revisions; unset it or name a hub model."
+        raise ModelError(text, UNSAFE)

@@ -1,0 +1,368 @@
+"""The street door: descriptors, signals, the host's death, the writer thread, and the one loop that moves bytes and tells the time.
+
+One thread polls everything and owns all state; only the writers of stdout and stderr may block, each in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import resource
+import select
+import signal
+import stat
+import struct
+import sys
+import termios
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from reranker_worker.config import Config
+    from reranker_worker.engine.fleet import Engine
+    from reranker_worker.engine.handle import EngineProcess
+    from reranker_worker.logs import Log
+    from reranker_worker.worker import Worker
+
+_READ_BYTES = 1 << 18
+_PARENT_POLL_SECONDS = 0.5
+_LOG_FLUSH_SECONDS = 0.1
+_TIOCOUTQ = 0x5411
+_PR_SET_DUMPABLE = 4
+IO_ERROR = 74
+SECOND_SIGNAL = 143
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The descriptors of the conversation, private to us."""
+
+    requests_fd: int
+    answers_fd: int
+
+
+def claim() -> Streams:
+    """Take stdin and stdout for the protocol alone, before anything else can print or read. Call it first in the process.
+
+    Closed standard descriptors become /dev/null (else the next opened file would take their number), inherited ones above 2 are
+    closed (hosts leak theirs), fd 1 becomes stderr for every print, library and child, fd 0 reads as empty.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    _close_inherited()
+    streams = Streams(os.dup(0), os.dup(1))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    return streams
+
+
+def _close_inherited() -> None:
+    directory = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    for name in os.listdir(directory):
+        if name.isdigit() and int(name) > 2:
+            with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
+                os.close(int(name))
+
+
+def no_core_dump() -> None:
+    """A core dump would hold documents."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+class AnswerWriter:
+    """Writes whole lines, in order, from a thread of its own: a host that does not read stops nobody else."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lines: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._seen: tuple[int, int | None] = (0, None)
+        self.unsent_bytes = 0
+        self.sent_bytes = 0
+        self.broken = False
+        threading.Thread(target=self._write, name="answers", daemon=True).start()
+
+    def put(self, lines: list[bytes]) -> None:
+        """Queue lines."""
+        with self._changed:
+            self._lines.extend(lines)
+            self.unsent_bytes += sum(map(len, lines))
+            self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all is written; False when time is up or the host is gone."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.broken or not self.unsent_bytes, timeout_s) and not self.broken
+
+    def made_progress(self) -> bool:
+        """True when the host has read something since the last call, even in the middle of a long line."""
+        seen = (self.sent_bytes, _unread_bytes(self._fd))
+        changed, self._seen = seen != self._seen, seen
+        return changed
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._lines))
+                line = memoryview(self._lines.popleft())
+            try:
+                while line:
+                    written = self._write_some(line)
+                    line = line[written:]
+                    with self._changed:
+                        self.unsent_bytes -= written
+                        self.sent_bytes += written
+                        self._changed.notify_all()
+            except OSError:
+                with self._changed:
+                    self.broken = True
+                    self._changed.notify_all()
+                return
+
+    def _write_some(self, line: memoryview) -> int:
+        try:
+            return os.write(self._fd, line)
+        except BlockingIOError:  # the host made the shared description non-blocking
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            poll.poll()
+            return 0
+
+
+def _unread_bytes(fd: int) -> int | None:
+    """Bytes that the reader of a pipe or socket has not taken yet, where the system tells."""
+    request = _TIOCOUTQ if stat.S_ISSOCK(os.fstat(fd).st_mode) else termios.FIONREAD
+    try:
+        return int(struct.unpack("i", fcntl.ioctl(fd, request, b"\0\0\0\0"))[0])
+    except OSError:
+        return None
+
+
+class Signals:
+    """Signals as bytes on a pipe that the loop polls. SIGINT counts only on a terminal: a host's Ctrl-C reaches us too."""
+
+    def __init__(self, *, on_terminal: bool) -> None:
+        self.fd, write_fd = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(write_fd, False)
+        self._write_fd = write_fd
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        for number in (signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGINT, (lambda *_: None) if on_terminal else signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # A spawner's blocked mask is inherited and would make SIGTERM ineffective for ever.
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def take(self) -> int:
+        """How many stop signals have arrived since the last call."""
+        try:
+            return len(os.read(self.fd, 4096))
+        except BlockingIOError:
+            return 0
+
+
+class ParentWatch:
+    """Sees the host's death at once by a pidfd, or by a changed parent id where there is none."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self.fd = -1
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                self.fd = os.pidfd_open(self._parent)
+
+    def gone(self) -> bool:
+        """True when the parent is not the one we started under."""
+        return os.getppid() != self._parent
+
+
+class Loop:
+    """Polls until the worker says with which code to exit."""
+
+    def __init__(self, config: Config, streams: Streams, worker: Worker, processes: list[EngineProcess], log: Log) -> None:
+        self._config = config
+        self._streams = streams
+        self._worker = worker
+        self._processes = processes
+        self._log = log
+        self._writer = AnswerWriter(streams.answers_fd)
+        self._signals = Signals(on_terminal=os.isatty(streams.requests_fd))
+        self._parent = ParentWatch()
+        self._stop_signals = 0
+        self._input_open = True
+        self._code: int | None = None
+        self._progress_at = time.monotonic()
+
+    def run(self) -> int:
+        """Serve; the exit code."""
+        self._worker.tick(time.monotonic())
+        while self._code is None:
+            for handler in self._wait():
+                handler()
+            now = time.monotonic()
+            self._worker.tick(now)
+            self._answer(now)
+            self._note()
+            self._check_host(now)
+            if self._code is None and self._worker.exit_code is not None and not self._worker.has_lines:
+                self._code = self._worker.exit_code
+                if not self._writer.flush(self._config.drain_timeout_ms / 1e3 + 1.0):
+                    self._code = IO_ERROR
+        return self._code
+
+    def _wait(self) -> list[Callable[[], None]]:
+        """Wait for input, an engine, a signal or the time; what to call for each."""
+        handlers: dict[int, Callable[[], None]] = {}
+        poll = select.poll()
+
+        def watch(fd: int, events: int, handler: Callable[[], None]) -> None:
+            if fd >= 0:
+                poll.register(fd, events)
+                handlers[fd] = handler
+
+        if self._input_open:
+            watch(self._streams.requests_fd, select.POLLIN, self._read_requests)
+        watch(self._streams.answers_fd, 0, self._host_stopped_reading)
+        watch(self._signals.fd, select.POLLIN, self._on_signal)
+        watch(self._parent.fd, select.POLLIN, self._on_parent)
+        for engine, process in zip(self._worker.fleet.engines, self._processes, strict=True):
+            watch(process.results_fd, select.POLLIN, lambda e=engine, p=process: self._read_engine(e, p))  # type: ignore[misc]
+            watch(process.log_fd, select.POLLIN, lambda p=process: self._read_log(p))  # type: ignore[misc]
+            if process.wants_write:
+                watch(process.requests_fd, select.POLLOUT, process.flush)
+        ready = poll.poll(self._timeout_ms())
+        return [handlers[fd] for fd, _ in ready]
+
+    def _timeout_ms(self) -> float | None:
+        wakeup = self._worker.next_wakeup()
+        if self._parent.fd < 0 or self._writer.unsent_bytes:
+            wakeup = min(wakeup, time.monotonic() + _PARENT_POLL_SECONDS)
+        if wakeup == math.inf:
+            return None
+        # Rounded up: waking a fraction too early would spin.
+        return math.ceil(max(0.0, wakeup - time.monotonic()) * 1e3)
+
+    def _read_requests(self) -> None:
+        try:
+            data = os.read(self._streams.requests_fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        now = time.monotonic()
+        if data:
+            self._worker.receive(data, now)
+        else:
+            self._input_open = False
+            self._worker.end_of_input(now)
+
+    def _read_engine(self, engine: Engine, process: EngineProcess) -> None:
+        from reranker_worker.engine.frames import FrameError
+
+        now = time.monotonic()
+        try:
+            frames = process.read()
+        except FrameError:
+            self._worker.fleet.on_garbage(engine)
+            return
+        if frames is None:
+            self._read_log(process)
+            self._worker.on_death(engine, process.reap(), now)
+            return
+        for frame in frames:
+            self._worker.on_frame(engine, frame, now)
+
+    def _read_log(self, process: EngineProcess) -> None:
+        if process.log_fd >= 0:
+            for line in process.read_log():
+                self._log.write("INFO", "engine", line)
+
+    def _on_signal(self) -> None:
+        for _ in range(self._signals.take()):
+            self._stop_signals += 1
+            if self._stop_signals > 1:
+                self._code = SECOND_SIGNAL
+            self._worker.drain(time.monotonic())
+
+    def _on_parent(self) -> None:
+        self._log.write("WARNING", "worker", "the host process is gone")
+        self._code = IO_ERROR
+
+    def _host_stopped_reading(self) -> None:
+        self._log.write("WARNING", "worker", "the host has closed its side of stdout")
+        self._code = IO_ERROR
+
+    def _answer(self, now: float) -> None:
+        lines = self._worker.take_lines(now)
+        if lines:
+            if not self._writer.unsent_bytes:
+                self._progress_at = now
+            self._writer.put(lines)
+
+    def _note(self) -> None:
+        self._log.level = self._worker.log_level
+        self._worker.lost_log_lines = self._log.lost_lines
+        for level, text in self._worker.notes:
+            self._log.write(level, "worker", text)
+        self._worker.notes.clear()
+
+    def _check_host(self, now: float) -> None:
+        """Leave when the host is gone, or has read nothing for too long while too much waits for it."""
+        writer = self._writer
+        if self._parent.gone():
+            self._on_parent()
+        elif writer.broken:
+            self._host_stopped_reading()
+        elif writer.unsent_bytes:
+            if writer.made_progress():
+                self._progress_at = now
+            stuck = now - self._progress_at >= self._config.write_timeout_ms / 1e3
+            if stuck or writer.unsent_bytes > self._config.max_unsent_bytes:
+                self._log.write("ERROR", "worker", "the host does not read its answers")
+                self._code = IO_ERROR
+
+
+def refuse_start(streams: Streams, error: str) -> None:
+    """Tell the host in its own language why there will be no `ready`; the known host shows this text to its user."""
+    from reranker_worker.protocol import Code, Refusal, error_answer, serialize
+
+    with contextlib.suppress(OSError):
+        os.write(streams.answers_fd, serialize(error_answer(Refusal(None, Code.MODEL_LOAD_ERROR, error), time.time())))
+
+
+def serve(config: Config, streams: Streams, environ: Mapping[str, str]) -> int:
+    """Run the worker on the claimed streams; the exit code. The caller ends the process with it."""
+    from reranker_worker.engine.handle import EngineProcess
+    from reranker_worker.logs import Log
+    from reranker_worker.worker import Worker
+
+    no_core_dump()
+    log = Log(2, config.log_level)
+    if os.isatty(streams.requests_fd):
+        log.write("INFO", "worker", 'waiting for one JSON request a line, such as {"query": "...", "documents": ["...", "..."]}; end with Ctrl-D')
+    processes = [EngineProcess(config, environ) for _ in range(config.engines)]
+    worker = Worker(config, processes, now=time.monotonic(), wall_clock=time.time, pid=os.getpid())
+    loop = Loop(config, streams, worker, processes, log)
+    try:
+        return loop.run()
+    finally:
+        for process in processes:
+            process.kill()
+        log.flush(_LOG_FLUSH_SECONDS)
