@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _KIB = 1024
 # cgroup v1 writes "no limit" as the largest multiple of the page size below 2^63; whatever is that large is no limit.
@@ -27,8 +30,9 @@ def usable_threads(root: Path = Path("/")) -> int:
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """The tightest CPU quota of this process's cgroup and all above it, in CPUs; None when there is none."""
     limits = [parse_cpu_max(text) for text in _read_each(_v2_directories(root), "cpu.max")]
-    for directory in _v1_directories(root, "cpu"):
-        limits.append(parse_cfs_quota(_read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")))
+    limits += [
+        parse_cfs_quota(_read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us")) for directory in _v1_directories(root, "cpu")
+    ]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

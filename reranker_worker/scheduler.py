@@ -88,6 +88,7 @@ class Batch:
     number: int
     slices: list[_Slice]
     estimated_tokens: int
+    expected_ms: float = 0.0
     alone: bool = False
 
     @property
@@ -101,9 +102,9 @@ class Batch:
         ]
 
     @property
-    def last_deadline(self) -> float:
-        """The moment after which nobody waits for this batch."""
-        return max(item.job.deadline for item in self.slices)
+    def first_deadline(self) -> float:
+        """The earliest deadline of its jobs (seconds): an engine that makes no progress beyond it is taken for hung."""
+        return min(item.job.deadline for item in self.slices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +201,12 @@ class Scheduler:
             offset += size
         return finished
 
-    def requeue(self, batch: Batch) -> list[Job]:
-        """Take back a batch whose engine died. Its jobs are suspects: tried again alone; a job to which this happens the second
-        time is returned as finished (failure POISONED)."""
+    def requeue(self, *batches: Batch) -> list[Job]:
+        """Take back what one dead engine had in flight. The jobs are suspects: tried again alone; a job to which this happens the
+        second time is returned as finished (failure POISONED). One death counts once for a job, however many batches it was in."""
         finished: list[Job] = []
         jobs: dict[int, Job] = {}
-        for item in batch.slices:
+        for item in (item for batch in batches for item in batch.slices):
             for _, job, index in self._release(item, range(item.stop - item.start)):
                 if not job.done:
                     job._again.append(index)
@@ -307,7 +308,7 @@ class Scheduler:
 
     def _batch(self, slices: list[_Slice], tokens: float, *, alone: bool = False) -> Batch:
         self._batch_number += 1
-        return Batch(self._batch_number, slices, round(tokens), alone)
+        return Batch(self._batch_number, slices, round(tokens), tokens / self._tokens_per_ms, alone)
 
     def _take(self, job: Job, most: int, budget: float, now: float, *, force: bool) -> tuple[list[_Slice], int, float]:
         """Up to `most` unsent pairs of a job within a token budget (at least one with `force`): slices, pairs, estimated tokens."""

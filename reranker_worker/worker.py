@@ -372,11 +372,11 @@ class Worker:
         self.counters.engine_deaths += 1
         self.last_batch_good = False
         self._note("WARNING", f"an engine ended: {event.reason}; {len(event.batches)} batches are sent again")
-        for batch in event.batches:
-            for job in self.scheduler.requeue(batch):
-                self._quarantine.add(job.groups, now)
-                self._finish(job, now)
-        if self.fleet.unavailable(now) is not None:
+        for job in self.scheduler.requeue(*event.batches):
+            self._quarantine.add(job.groups, now)
+            self._finish(job, now)
+        # Before the first `ready` the fleet decides when to give up, and `LoadFailed` says so.
+        if self.fleet.ever_ready and self.fleet.unavailable(now) is not None:
             self._refuse_all(Code.ENGINE_UNAVAILABLE, "The engine keeps failing; see the log.")
 
     def _on_load_failed(self, event: LoadFailed) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from reranker_worker.backends import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _BAD_CONFIGURATION = 78
 

@@ -6,11 +6,13 @@ template's instruction and its last tokens, where the score is read, stay whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import Pair, Tokens
 from reranker_worker.backends.texts import PairIds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _CHARS_PER_TOKEN = 16
 _GROWTH = 8
@@ -32,30 +34,31 @@ class MessageTokenizer:
     def _one(self, pair: Pair) -> Tokens:
         # A megabyte query is refused by its prefix: it can only be longer than that.
         query = pair.query[: self._prefix_chars(pair.query, pair.max_length)]
-        overhead = len(self._render(query, "", pair.instruction))
+        overhead = len(self._render(query, "", pair.instruction).ids)
         if overhead > pair.max_length:
             return Tokens(None, 0, fits=False)
         text = pair.document[: self._prefix_chars(pair.document, pair.max_length)]
-        ids = self._render(query, text, pair.instruction)
-        whole = len(text) == len(pair.document) and len(ids) <= pair.max_length
-        if whole:
-            return Tokens(PairIds(ids, [0] * len(ids)), len(ids))
+        rendered = self._render(query, text, pair.instruction)
+        if len(text) == len(pair.document) and len(rendered.ids) <= pair.max_length:
+            return Tokens(rendered, len(rendered.ids))
         room = pair.max_length - overhead
         for _ in range(_ROUNDS):
             if room < 1:
                 break
-            ids = self._render(query, self._first_tokens(text, room), pair.instruction)
-            if len(ids) <= pair.max_length:
-                return Tokens(PairIds(ids, [0] * len(ids)), len(ids), truncated=True)
-            room -= len(ids) - pair.max_length
+            rendered = self._render(query, self._first_tokens(text, room), pair.instruction)
+            if len(rendered.ids) <= pair.max_length:
+                return Tokens(rendered, len(rendered.ids), truncated=True)
+            room -= len(rendered.ids) - pair.max_length
         return Tokens(None, 0, fits=False)
 
-    def _render(self, query: str, document: str, instruction: str) -> list[int]:
-        """All ids of the rendered pair, however long."""
+    def _render(self, query: str, document: str, instruction: str) -> PairIds:
+        """The whole rendered pair, however long."""
         features = self._model.preprocess(
             [(query, document)], prompt=instruction or self._prompt or None, processing_kwargs={"text": {"truncation": False}}
         )
-        return list(features["input_ids"][0].tolist())
+        ids = features["input_ids"][0].tolist()
+        type_ids = features["token_type_ids"][0].tolist() if "token_type_ids" in features else [0] * len(ids)
+        return PairIds(ids, type_ids)
 
     def _prefix_chars(self, text: str, tokens: int) -> int:
         """Characters of `text` that surely hold more than `tokens` tokens, or all of them."""

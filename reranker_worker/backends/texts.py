@@ -8,11 +8,13 @@ tokenizers work word by word, so every word that ends well before the cut is wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import Pair, Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # The first prefix: about twice what a pair of this many tokens needs in most languages (English has 4 to 5 characters per token).
 _CHARS_PER_TOKEN = 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,8 @@ from reranker_worker.backends.texts import PairIds, PairTokenizer, supports_pair
 from reranker_worker.backends.torch_loading import is_out_of_memory, load_cross_encoder, longest_pair, resolve_device, use_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
 
@@ -41,6 +42,11 @@ class TorchBackend:
             text = f"RERANKING_SCORES=model needs a model with one output, and this one has {len(labels)}; use probability or logit."
             raise BackendError(text, _UNSAFE)
         self._extra, self._typed = self._probe(model.name)
+        # Read once: `tokenize` and `score` may run in two threads, and the tokenizer belongs to the first.
+        tokenizer = self._model.tokenizer
+        self._pad_id: int | None = tokenizer.pad_token_id
+        self._pad_type_id: int = tokenizer.pad_token_type_id
+        self._pads_left = tokenizer.padding_side == "left"
         self._tokenizer, takes_instruction = self._pair_tokenizer()
         accelerated = self._device.type != "cpu"
         self.info = BackendInfo(
@@ -64,7 +70,7 @@ class TorchBackend:
         if not batch:
             return []
         pairs: list[PairIds] = [tokens.inputs for tokens in batch]
-        if self._model.tokenizer.pad_token_id is None and len({len(pair.ids) for pair in pairs}) > 1:
+        if self._pad_id is None and len({len(pair.ids) for pair in pairs}) > 1:
             # A model without a padding token takes pairs of different lengths one by one only.
             return [logit for tokens in batch for logit in self.score([tokens])]
         try:
@@ -90,12 +96,7 @@ class TorchBackend:
         tokenizer = self._model.tokenizer
         prompt = self._model._resolve_prompt(None, None) or ""
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if (
-            self._extra.get("modality") == "message"
-            or backend is None
-            or tokenizer.truncation_side != "right"
-            or not supports_pairs(backend)
-        ):
+        if self._extra.get("modality") == "message" or backend is None or tokenizer.truncation_side != "right" or not supports_pairs(backend):
             return MessageTokenizer(self._model, prompt), self._extra.get("modality") == "message"
         return PairTokenizer(backend, prompt), False
 
@@ -104,9 +105,7 @@ class TorchBackend:
         features = self._model.preprocess([("a", "b")], prompt=self._model._resolve_prompt(None, None))
         tensors = {key for key, value in features.items() if isinstance(value, torch.Tensor)}
         if not {"input_ids", "attention_mask"} <= tensors <= _TENSORS:
-            raise BackendError(
-                f"The model {name!a} takes inputs other than text ({', '.join(sorted(tensors))}), which is not supported.", _UNSAFE
-            )
+            raise BackendError(f"The model {name!a} takes inputs other than text ({', '.join(sorted(tensors))}), which is not supported.", _UNSAFE)
         extra = {key: value for key, value in features.items() if key not in tensors}
         try:
             with torch.inference_mode():
@@ -120,20 +119,19 @@ class TorchBackend:
 
     def _padded(self, pairs: list[PairIds]) -> dict[str, torch.Tensor]:
         """Tensors of shape (pairs, longest pair) on the device, padded on the tokenizer's side."""
-        tokenizer = self._model.tokenizer
-        width = max(len(pair.ids) for pair in pairs)
-        left = tokenizer.padding_side == "left"
+        lengths = [len(pair.ids) for pair in pairs]
+        width = max(lengths)
 
-        def table(rows: list[list[int]], fill: int) -> torch.Tensor:
-            filled = [[fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row)) for row in rows]
+        def table(rows: Iterable[list[int]], fill: int) -> torch.Tensor:
+            blanks = [[fill] * (width - length) for length in lengths]
+            filled = [blank + row if self._pads_left else row + blank for blank, row in zip(blanks, rows, strict=True)]
             return torch.tensor(filled, dtype=torch.int64).to(self._device)
 
-        tensors = {
-            "input_ids": table([pair.ids for pair in pairs], tokenizer.pad_token_id or 0),
-            "attention_mask": table([[1] * len(pair.ids) for pair in pairs], 0),
-        }
+        positions, sizes = torch.arange(width), torch.tensor(lengths).unsqueeze(1)
+        mask = positions >= width - sizes if self._pads_left else positions < sizes
+        tensors = {"input_ids": table((pair.ids for pair in pairs), self._pad_id or 0), "attention_mask": mask.to(self._device, torch.int64)}
         if self._typed:
-            tensors["token_type_ids"] = table([pair.type_ids for pair in pairs], tokenizer.pad_token_type_id)
+            tensors["token_type_ids"] = table((pair.type_ids for pair in pairs), self._pad_type_id)
         return tensors
 
     def _logits(self, scores: torch.Tensor) -> list[float]:

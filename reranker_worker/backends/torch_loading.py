@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from torch import nn
 from reranker_worker.backends import BackendError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
 

@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
     """Run until the front goes away. argv: the results descriptor, the front's process id."""
     results_fd, front_pid = int(argv[0]), int(argv[1])
     _isolate(front_pid)
+    # A child that a library starts must not hold our pipe open: the front sees our end by its closing.
+    os.set_inheritable(results_fd, False)
     requests_fd = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     engine = _Engine(requests_fd, results_fd)

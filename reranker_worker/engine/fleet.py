@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
 
 MOST_IN_FLIGHT = 2
-# An engine without progress is given this long after nobody waits any more, or four times its slowest pass.
+# An engine without progress is given this long after a deadline has passed, or four times its slowest pass.
 _GRACE_SECONDS = 1.0
 _GRACE_PASSES = 4.0
 _INTERNAL_ERROR = 70
@@ -247,9 +247,9 @@ class Fleet:
         if engine.state != "ready" or not engine.in_flight:
             return float("inf")
         # Batches are scored in the order in which they were sent: the first is the one that hangs.
-        unwanted = next(iter(engine.in_flight.values())).last_deadline
-        grace = max(_GRACE_SECONDS, _GRACE_PASSES * engine.slowest_seconds)
-        return min(engine.progress_at + self._stall_seconds, max(unwanted, engine.progress_at) + grace)
+        batch = next(iter(engine.in_flight.values()))
+        grace = max(_GRACE_SECONDS, _GRACE_PASSES * max(engine.slowest_seconds, batch.expected_ms / 1e3))
+        return min(engine.progress_at + self._stall_seconds, max(batch.first_deadline, engine.progress_at) + grace)
 
     def _kill(self, engine: Engine, reason: str) -> None:
         engine.kill_reason = reason

@@ -45,15 +45,11 @@ def resolve(config: Config, progress: Progress) -> ResolvedModel:
 def _find(config: Config, progress: Progress) -> ResolvedModel:
     name = config.model
     if not name.strip() or len(name) > 4096 or not name.isprintable():
-        raise ModelError(
-            f"The model name {shown(name)} is empty, too long or holds control characters; name a directory or a hub id.", UNSAFE
-        )
+        raise ModelError(f"The model name {shown(name)} is empty, too long or holds control characters; name a directory or a hub id.", UNSAFE)
     if name == "bundled":
         _refuse_revision(config)
         if not (BUNDLED_DIRECTORY / "config.json").is_file():
-            text = (
-                "The bundled model is not part of this installation; install the complete package or name a model (RERANKING_MODEL_PATH)."
-            )
+            text = "The bundled model is not part of this installation; install the complete package or name a model (RERANKING_MODEL_PATH)."
             raise ModelError(text, MISSING)
         return ResolvedModel(name, BUNDLED_DIRECTORY, None, "bundled")
     if _is_path(name):
@@ -82,9 +78,7 @@ def _directory(name: str) -> Path:
         if not path.is_dir():
             raise ModelError(f"The model directory {shown(name)} does not exist; correct RERANKING_MODEL_PATH (or --model).", MISSING)
         if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
-            raise ModelError(
-                f"The directory {shown(name)} holds no config.json, so it is not a model; name the directory that does.", MISSING
-            )
+            raise ModelError(f"The directory {shown(name)} holds no config.json, so it is not a model; name the directory that does.", MISSING)
     except OSError as error:
         raise ModelError(
             f"The model directory {shown(name)} cannot be read ({error.strerror}); check the path and its permissions.", MISSING

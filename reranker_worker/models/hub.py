@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from reranker_worker.models.errors import CANNOT_CREATE, MISSING, NETWORK, UNSAF
 from reranker_worker.models.verify import PICKLE_SUFFIXES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from reranker_worker.config import Config
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*vocab*.txt", "*merges.txt", "MANIFEST.sha256")
@@ -66,9 +67,7 @@ def _download(config: Config, progress: Callable[[str, int, int], None]) -> Path
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(
-            config.model, revision=config.model_revision or None, tqdm_class=_progress_class(progress), **_patterns(config)
-        )
+        path = snapshot_download(config.model, revision=config.model_revision or None, tqdm_class=_progress_class(progress), **_patterns(config))
     except Exception as error:  # the library raises its own, httpx's and the system's errors; each becomes one sentence
         raise _explained(error, config) from error
     return Path(path)
@@ -84,9 +83,7 @@ def _explained(error: Exception, config: Config) -> ModelError:
     from huggingface_hub import constants, errors
 
     name, causes = shown(config.model) + _at(config), list(_causes(error))
-    status = next(
-        (cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None), 0
-    )
+    status = next((cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None), 0)
     login = "set HF_TOKEN to a token that may read it"
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
         return ModelError(f"The model {name} is gated: accept its conditions on the hub, then {login}.", MISSING)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from reranker_worker.models.errors import CORRUPT, UNSAFE, ModelError, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MANIFEST_NAME = "MANIFEST.sha256"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
@@ -20,9 +23,7 @@ def verify_manifest(directory: Path, progress: Callable[[str, int, int], None]) 
     files = {name: _confined(directory, name) for name in expected}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing:
-        raise ModelError(
-            f"The model is incomplete: {MANIFEST_NAME} names {shown(missing[0])}, which is not there; fetch it again.", CORRUPT
-        )
+        raise ModelError(f"The model is incomplete: {MANIFEST_NAME} names {shown(missing[0])}, which is not there; fetch it again.", CORRUPT)
     done, total = 0, sum(path.stat().st_size for path in files.values())
     for name, path in files.items():
         digest = hashlib.sha256()
@@ -61,7 +62,5 @@ def _confined(directory: Path, name: str) -> Path:
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
         outside = not real.is_relative_to(home) and (blobs is None or not real.is_relative_to(blobs))
     if outside:
-        raise ModelError(
-            f"{MANIFEST_NAME} names {shown(name)}, which lies outside the model's directory; use another copy of the model.", UNSAFE
-        )
+        raise ModelError(f"{MANIFEST_NAME} names {shown(name)}, which lies outside the model's directory; use another copy of the model.", UNSAFE)
     return path

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reranker_worker.models.errors import CORRUPT, ModelError, shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # The format's own bound; a header beyond it is a damaged length.
 _MAX_HEADER_BYTES = 100_000_000

@@ -6,13 +6,15 @@ Nothing here opens a pickle, imports a model library or follows a name out of th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reranker_worker.models.errors import CORRUPT, MISSING, UNSAFE, ModelError, shown
 from reranker_worker.models.manifest import MANIFEST_NAME, verify_manifest
 from reranker_worker.models.safetensors import tensor_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _INDEX = "model.safetensors.index.json"
@@ -59,9 +61,7 @@ def _module_directories(directory: Path, trust_remote_code: bool) -> list[Path]:
         if not kind.startswith("sentence_transformers.") and not trust_remote_code:
             _refuse_code("modules.json", f"the module {shown(kind)}")
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\\" in place or ":" in place:
-            raise ModelError(
-                f"modules.json names {shown(place)}, which lies outside the model's directory; use another copy of the model.", UNSAFE
-            )
+            raise ModelError(f"modules.json names {shown(place)}, which lies outside the model's directory; use another copy of the model.", UNSAFE)
         if (directory / place).is_dir():
             places.append(directory / place)
     return list(dict.fromkeys(places))
@@ -70,10 +70,12 @@ def _module_directories(directory: Path, trust_remote_code: bool) -> list[Path]:
 def _verify_json_files(place: Path) -> None:
     """Every JSON file of a model directory is read when it is loaded, so each must be whole."""
     for path in sorted(place.glob("*.json")):
-        _read_json(path, object)
-    for name in ("config.json", "tokenizer.json"):
-        if (place / name).is_file() and not _read_json(place / name, dict):
-            raise ModelError(f"{name} is empty; fetch the model again.", CORRUPT)
+        objects = path.name in ("config.json", "tokenizer.json")
+        if not _read_json(path, dict if objects else object) and objects:
+            raise ModelError(f"{path.name} is empty ({path.stat().st_size} bytes); fetch the model again.", CORRUPT)
+    if (place / "adapter_config.json").is_file():
+        text = "The directory holds an adapter (adapter_config.json), which needs another model that it names and that is not checked; "
+        raise ModelError(text + "merge the two and name the merged model.", UNSAFE)
 
 
 def _refuse_own_code(place: Path) -> None:
@@ -107,18 +109,14 @@ def _verify_index(index: dict[str, Any], weights: dict[str, frozenset[str]]) -> 
         raise ModelError(f"{_INDEX} has no weight_map; fetch the model again.", CORRUPT)
     for tensor, file in places.items():
         if file not in weights:
-            raise ModelError(
-                f"The weights are incomplete: {_INDEX} names {shown(file)}, which is not there; fetch the model again.", CORRUPT
-            )
+            raise ModelError(f"The weights are incomplete: {_INDEX} names {shown(file)}, which is not there; fetch the model again.", CORRUPT)
         if tensor not in weights[file]:
             raise ModelError(f"The weights are incomplete: {shown(file)} lacks the tensor {shown(tensor)}; fetch the model again.", CORRUPT)
 
 
 def _verify_presence(directory: Path, places: list[Path], allow_pickle: bool) -> None:
     if not any((place / "config.json").is_file() for place in places):
-        raise ModelError(
-            f"The directory {shown(directory)} holds no config.json, so it is not a model; name the directory that does.", MISSING
-        )
+        raise ModelError(f"The directory {shown(directory)} holds no config.json, so it is not a model; name the directory that does.", MISSING)
     if not any((place / name).is_file() for place in places for name in _TOKENIZERS):
         raise ModelError(f"The model in {shown(directory)} has no tokenizer (tokenizer.json); fetch all of its files.", MISSING)
     suffixes = (".safetensors", *PICKLE_SUFFIXES) if allow_pickle else (".safetensors",)
@@ -133,11 +131,7 @@ def _read_json(path: Path, kind: type) -> Any:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         problem = "is empty" if not data.strip() else "is not valid JSON"
-        raise ModelError(
-            f"{path.name} {problem} ({len(data)} bytes), the file is damaged or cut short; fetch the model again.", CORRUPT
-        ) from error
+        raise ModelError(f"{path.name} {problem} ({len(data)} bytes), the file is damaged or cut short; fetch the model again.", CORRUPT) from error
     if not isinstance(value, kind):
-        raise ModelError(
-            f"{path.name} holds a JSON {type(value).__name__} where a {kind.__name__} belongs; fetch the model again.", CORRUPT
-        )
+        raise ModelError(f"{path.name} holds a JSON {type(value).__name__} where a {kind.__name__} belongs; fetch the model again.", CORRUPT)
     return value

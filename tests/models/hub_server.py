@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from model_files import COMMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # name of a repository: (status, X-Error-Code) that the hub answers for it
 REFUSED = {
@@ -75,9 +77,10 @@ def running_hub(files: dict[str, bytes]) -> Iterator[Hub]:
             if self.command == "GET":
                 self.wfile.write(body)
 
-        do_HEAD = do_GET
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
-        def log_message(self, format: str, *args: Any) -> None:
+        def log_message(self, *args: Any) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hub_server import Hub, running_hub
 from model_files import COMMIT, model_files, resolve_in_process, safetensors_bytes, write_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 UNWANTED = {
     "pytorch_model.bin": b"never",
@@ -81,9 +84,7 @@ def test_a_cache_without_weights_is_completed(hub: Hub, tmp_path: Path) -> None:
         ({"model": "org/tiny", "model_revision": "v9"}, 66, ["v9", "RERANKING_MODEL_REVISION"]),
     ],
 )
-def test_each_refusal_of_the_hub_is_one_sentence(
-    settings: dict[str, str], exit_code: int, words: list[str], hub: Hub, tmp_path: Path
-) -> None:
+def test_each_refusal_of_the_hub_is_one_sentence(settings: dict[str, str], exit_code: int, words: list[str], hub: Hub, tmp_path: Path) -> None:
     answer = resolve_in_process(settings, {**environment(hub, tmp_path), "HF_TOKEN": "hf_secret_marker"}, network=True)
     assert answer["exit_code"] == exit_code, answer
     assert all(word in answer["error"] for word in words), answer["error"]

@@ -6,12 +6,16 @@ import json
 import os
 import pickle
 import random
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from model_files import model_files, safetensors_bytes, write_model
 
 from reranker_worker.models import ModelError, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 def refused(directory: Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> ModelError:
@@ -32,7 +36,12 @@ def test_progress_of_hashing_ends_at_the_total(tmp_path: Path) -> None:
     assert [done for _, done, _ in reports] == sorted(done for _, done, _ in reports)
 
 
-CUTS = {"nothing left": lambda size: 0, "8 bytes left": lambda size: 8, "half left": lambda size: size // 2, "one byte short": lambda size: size - 1}
+CUTS: dict[str, Callable[[int], int]] = {
+    "nothing left": lambda size: 0,
+    "8 bytes left": lambda size: 8,
+    "half left": lambda size: size // 2,
+    "one byte short": lambda size: size - 1,
+}
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -178,6 +187,12 @@ def test_a_model_with_its_own_code_is_refused_unless_trusted(name: str, tmp_path
     assert "auto_map" in str(error)
     assert "RERANKING_TRUST_REMOTE_CODE" in str(error)
     verify(tmp_path, trust_remote_code=True)
+
+
+def test_an_adapter_that_names_another_model_is_refused(tmp_path: Path) -> None:
+    error = refused(write_model(tmp_path, {**model_files(), "adapter_config.json": b'{"base_model_name_or_path": "org/other"}'}))
+    assert error.exit_code == 78
+    assert "adapter" in str(error)
 
 
 def modules(*entries: object) -> dict[str, bytes]:

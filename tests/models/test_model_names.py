@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from model_files import resolve_in_process, write_model
@@ -10,6 +10,9 @@ from model_files import resolve_in_process, write_model
 from reranker_worker import models
 from reranker_worker.config import Config
 from reranker_worker.models import ModelError, ResolvedModel, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def quiet(stage: str, done_bytes: int, total_bytes: int) -> None:
