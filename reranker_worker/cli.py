@@ -40,11 +40,10 @@ def _serve(arguments: list[str]) -> NoReturn:
         config = load_config(arguments, os.environ)
         code = stdio.serve(config, streams, os.environ)
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
         stdio.refuse_start(streams, str(error))
         code = USAGE_ERROR
     except Exception as error:  # the process boundary: never a traceback with request text
-        sys.stderr.write(f"internal error: {type(error).__name__} in {_where(error)}\n")
+        stdio.last_words(f"internal error: {type(error).__name__} in {_where(error)}")
         code = INTERNAL_ERROR
     os._exit(code)
 

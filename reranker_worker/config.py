@@ -139,8 +139,8 @@ def parse_value(name: str, raw: str, source: str) -> Any:
         if not match:
             raise ConfigError(f"{source} must be one of {', '.join(meta['choices'])}, not {raw!r}.")
         return match[0]
-    if not raw or any(ord(c) < 32 for c in raw):
-        raise ConfigError(f"{source} must be a non-empty text without control characters.")
+    if not raw or any(ord(c) < 32 or 0xD800 <= ord(c) <= 0xDFFF for c in raw):
+        raise ConfigError(f"{source} must be a non-empty UTF-8 text without control characters.")
     return raw
 
 

@@ -97,9 +97,16 @@ class Batch:
 
     @property
     def groups(self) -> list[list[object]]:
-        return [
-            [s.job.groups[s.group][0], s.job.max_length, s.job.max_document_tokens, s.job.instruction, list(s.documents)] for s in self.slices
-        ]
+        groups: list[list[object]] = []
+        last: list[object] = []
+        documents: list[str] = []
+        for s in self.slices:
+            head: list[object] = [s.job.groups[s.group][0], s.job.max_length, s.job.max_document_tokens, s.job.instruction]
+            if head != last:  # neighbours with one query share it: a long one would be sent once for every pair
+                last, documents = head, []
+                groups.append([*head, documents])
+            documents.extend(s.documents)
+        return groups
 
     @property
     def first_deadline(self) -> float:
@@ -170,6 +177,8 @@ class Scheduler:
             slices += taken
             tokens += cost
             limit -= count
+            if count:
+                self._rotations[job.priority].rotate(-1)  # also when this fills the batch, else it would be first again
             if not count or limit <= 0 or tokens >= budget:
                 break
         return self._batch(slices, tokens) if slices else None
@@ -202,15 +211,17 @@ class Scheduler:
         return finished
 
     def requeue(self, *batches: Batch) -> list[Job]:
-        """Take back what one dead engine had in flight. The jobs are suspects: tried again alone; a job to which this happens the
-        second time is returned as finished (failure POISONED). One death counts once for a job, however many batches it was in."""
+        """Take back what one dead engine had in flight. The jobs, and those that waited for the same pairs, are suspects: tried again
+        alone; a job to which this happens the second time is returned as finished (failure POISONED). One death counts once for a
+        job, however many batches it was in."""
         finished: list[Job] = []
         jobs: dict[int, Job] = {}
         for item in (item for batch in batches for item in batch.slices):
             for _, job, index in self._release(item, range(item.stop - item.start)):
                 if not job.done:
                     job._again.append(index)
-                    self._enqueue(job)
+                    job.shared -= 1
+                    jobs[job.number] = job
             if not item.job.done:
                 item.job._again.extend(range(item.start, item.stop))
                 jobs[item.job.number] = item.job
@@ -231,6 +242,10 @@ class Scheduler:
         self.waiting_pairs -= job.num_pairs
         self.waiting_bytes -= job.num_bytes
         self.waiting_jobs -= 1
+        # Else a stream of cancelled requests would pile up uncounted while the engines are busy.
+        for queue in (self._suspects, self._rotations.get(job.priority)):
+            if job.unsent and queue and job in queue:
+                queue.remove(job)
 
     def expire(self, now: float) -> list[Job]:
         """Drop and return the jobs whose deadline has passed."""
@@ -282,7 +297,7 @@ class Scheduler:
         return max(1.0, self._tokens_per_ms * self._batch_target_ms)
 
     def _round(self) -> Iterator[Job]:
-        """Jobs with unsent pairs: best priority first, in turn within one; each is moved to the end after its turn."""
+        """Jobs with unsent pairs: best priority first, in turn within one. The caller moves each to the end after its turn."""
         for priority in sorted(self._rotations):
             rotation = self._rotations[priority]
             while rotation:
@@ -291,8 +306,6 @@ class Scheduler:
                     rotation.popleft()
                     continue
                 yield job
-                if rotation and rotation[0] is job:
-                    rotation.rotate(-1)
             del self._rotations[priority]
 
     def _suspect_batch(self, now: float) -> Batch | None:
@@ -438,12 +451,6 @@ class Scheduler:
             job.failure = failure
             self.drop(job)
             finished.append(job)
-
-    def _enqueue(self, job: Job) -> None:
-        """Back into the rotation, at the front: it has waited before."""
-        rotation = self._rotations.setdefault(job.priority, deque())
-        if job not in rotation:
-            rotation.appendleft(job)
 
     def _learn(self, batch: Batch, result: Result) -> None:
         tokens = sum(result.tokens)

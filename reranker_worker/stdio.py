@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 18
 _PARENT_POLL_SECONDS = 0.5
+# Beyond max_unsent_bytes a host that reads is still served: one answer may be larger, and many may be whole at the same moment.
+_DEAF_SECONDS = 1.0
+_MOST_UNSENT = 8  # times max_unsent_bytes, even while the host reads
+_FLUSH_STEP_SECONDS = 0.02
 _LOG_FLUSH_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 1.0
+_REAP_SECONDS = 0.2
 _TIOCOUTQ = 0x5411
 _PR_SET_DUMPABLE = 4
 IO_ERROR = 74
@@ -42,10 +48,11 @@ SECOND_SIGNAL = 143
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """The descriptors of the conversation, private to us."""
+    """The descriptors of the conversation, private to us, and the process that started us."""
 
     requests_fd: int
     answers_fd: int
+    host_pid: int
 
 
 def claim() -> Streams:
@@ -54,14 +61,19 @@ def claim() -> Streams:
     Closed standard descriptors become /dev/null (else the next opened file would take their number), inherited ones above 2 are
     closed (hosts leak theirs), fd 1 becomes stderr for every print, library and child, fd 0 reads as empty.
     """
+    host_pid = os.getppid()  # now: a host that dies while we import must be missed too
+    if not os.isatty(0):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # see `Signals`; here, because a Ctrl-C may come while we import
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     _close_inherited()
-    streams = Streams(os.dup(0), os.dup(1))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    streams = Streams(os.dup(0), os.dup(1), host_pid)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
     os.dup2(2, 1)
     return streams
 
@@ -181,8 +193,8 @@ class Signals:
 class ParentWatch:
     """Sees the host's death at once by a pidfd, or by a changed parent id where there is none."""
 
-    def __init__(self) -> None:
-        self._parent = os.getppid()
+    def __init__(self, host_pid: int) -> None:
+        self._parent = host_pid
         self.fd = -1
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
@@ -204,11 +216,12 @@ class Loop:
         self._log = log
         self._writer = AnswerWriter(streams.answers_fd)
         self._signals = Signals(on_terminal=os.isatty(streams.requests_fd))
-        self._parent = ParentWatch()
+        self._parent = ParentWatch(streams.host_pid)
         self._stop_signals = 0
         self._input_open = True
         self._code: int | None = None
         self._progress_at = time.monotonic()
+        self._flush_until = math.inf
 
     def run(self) -> int:
         """Serve; the exit code."""
@@ -222,10 +235,16 @@ class Loop:
             self._note()
             self._check_host(now)
             if self._code is None and self._worker.exit_code is not None and not self._worker.has_lines:
-                self._code = self._worker.exit_code
-                if not self._writer.flush(self._config.drain_timeout_ms / 1e3 + 1.0):
-                    self._code = IO_ERROR
+                self._finish(self._worker.exit_code, now)
         return self._code
+
+    def _finish(self, code: int, now: float) -> None:
+        """Leave when the last answers are written. In short steps: a second signal and the host's death end the wait."""
+        self._flush_until = min(self._flush_until, now + self._config.drain_timeout_ms / 1e3 + 1.0)
+        if self._writer.flush(_FLUSH_STEP_SECONDS):
+            self._code = code
+        elif self._writer.broken or now >= self._flush_until:
+            self._code = IO_ERROR
 
     def _wait(self) -> list[Callable[[], None]]:
         """Wait for input, an engine, a signal or the time; what to call for each."""
@@ -251,6 +270,8 @@ class Loop:
         return [handlers[fd] for fd, _ in ready]
 
     def _timeout_ms(self) -> float | None:
+        if self._flush_until < math.inf:
+            return 0
         wakeup = self._worker.next_wakeup()
         if self._parent.fd < 0 or self._writer.unsent_bytes:
             wakeup = min(wakeup, time.monotonic() + _PARENT_POLL_SECONDS)
@@ -333,8 +354,11 @@ class Loop:
         elif writer.unsent_bytes:
             if writer.made_progress():
                 self._progress_at = now
-            stuck = now - self._progress_at >= self._config.write_timeout_ms / 1e3
-            if stuck or writer.unsent_bytes > self._config.max_unsent_bytes:
+            held, most = writer.unsent_bytes, self._config.max_unsent_bytes
+            patience = self._config.write_timeout_ms / 1e3
+            if held > most:
+                patience = min(patience, _DEAF_SECONDS)
+            if now - self._progress_at >= patience or held > _MOST_UNSENT * most:
                 self._log.write("ERROR", "worker", "the host does not read its answers")
                 self._code = IO_ERROR
 
@@ -343,8 +367,21 @@ def refuse_start(streams: Streams, error: str) -> None:
     """Tell the host in its own language why there will be no `ready`; the known host shows this text to its user."""
     from reranker_worker.protocol import Code, Refusal, error_answer, serialize
 
-    with contextlib.suppress(OSError):
-        os.write(streams.answers_fd, serialize(error_answer(Refusal(None, Code.MODEL_LOAD_ERROR, error), time.time())))
+    last_words(error)
+    # An argument that is no UTF-8 arrives with lone surrogates, which cannot leave.
+    sentence = error.encode("ascii", "backslashreplace").decode()
+    writer = AnswerWriter(streams.answers_fd)
+    writer.put([serialize(error_answer(Refusal(None, Code.MODEL_LOAD_ERROR, sentence), time.time()))])
+    writer.flush(_LAST_WORDS_SECONDS)
+
+
+def last_words(message: str) -> None:
+    """One log line before the end, without waiting for a host that never reads its stderr."""
+    from reranker_worker.logs import Log
+
+    log = Log(2, "ERROR")
+    log.write("ERROR", "worker", message)
+    log.flush(_LOG_FLUSH_SECONDS)
 
 
 def serve(config: Config, streams: Streams, environ: Mapping[str, str]) -> int:
@@ -366,3 +403,6 @@ def serve(config: Config, streams: Streams, environ: Mapping[str, str]) -> int:
         for process in processes:
             process.kill()
         log.flush(_LOG_FLUSH_SECONDS)
+        # Reaped here: a host that is PID 1 of a container may never reap orphans.
+        for process in processes:
+            process.wait(_REAP_SECONDS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker import reports
-from reranker_worker.engine.fleet import Engine, Event, Fleet, LoadFailed, Lost, Ready, Scored
+from reranker_worker.engine.fleet import Engine, Event, Fleet, LoadFailed, Loading, Lost, Ready, Scored
 from reranker_worker.metrics import Counters
 from reranker_worker.ordering import Order, Place
 from reranker_worker.protocol import (
@@ -46,6 +46,7 @@ _LEAST_SHARE_PAIRS = 8
 _MOST_RETRY_MS = 60_000
 _DRAINED = 0
 _DRAINED_INCOMPLETELY = 75
+_POISONED = "This request killed the engine twice a short while ago; it is not tried again."
 
 
 @dataclass(slots=True, eq=False)
@@ -100,6 +101,7 @@ class Worker:
         self._silent_until = -math.inf
         self._last_line_at = -math.inf
         self._hello: bytes | None = None
+        self._load_seen = ("", 0)
         self._input_ended = False
         self._drain_until = math.inf
         self._left_something = False
@@ -287,7 +289,7 @@ class Worker:
             text = "The engine keeps failing and is restarted later." if away < math.inf else "The engine cannot be started again; see the log."
             return Refusal(request.id, Code.ENGINE_UNAVAILABLE, text), None if away == math.inf else max(1, round(away * 1e3))
         if self._quarantine.holds(job.groups, now):
-            return Refusal(request.id, Code.POISONED, "This request killed the engine twice a short while ago; it is not tried again."), None
+            return Refusal(request.id, Code.POISONED, _POISONED), None
         excess = max(
             (scheduler.waiting_pairs + job.num_pairs) / config.max_waiting_pairs,
             (scheduler.waiting_bytes + job.num_bytes) / config.max_waiting_bytes,
@@ -323,18 +325,23 @@ class Worker:
     # --- engines -------------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, now: float) -> None:
-        """Keep every engine supplied with two batches."""
-        ready = self.fleet.ready
-        for engine in ready:
-            while engine.has_room and self.scheduler.has_unsent:
-                share = max(_LEAST_SHARE_PAIRS, -(-self.scheduler.waiting_pairs // len(ready))) if len(ready) > 1 else None
-                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share)
-                if batch is None:
-                    break
-                self.fleet.send(engine, batch, now)
+        """Keep every engine supplied with two batches: each gets its first before any gets its second."""
+        self._expire(now)
+        supplied = True
+        while supplied and self.scheduler.has_unsent:
+            supplied = False
+            ready = self.fleet.ready
+            share = max(_LEAST_SHARE_PAIRS, -(-self.scheduler.waiting_pairs // len(ready))) if len(ready) > 1 else None
+            for engine in ready:
+                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share) if engine.has_room else None
+                if batch is not None:
+                    self.fleet.send(engine, batch, now)
+                    supplied = True
 
     def _on_event(self, event: Event, now: float) -> None:
         match event:
+            case Loading():
+                self._on_loading(event)
             case Ready():
                 self._on_ready(event, now)
             case Scored():
@@ -344,6 +351,15 @@ class Worker:
             case LoadFailed():
                 self._on_load_failed(event)
         self._dispatch(now)
+
+    def _on_loading(self, event: Loading) -> None:
+        """Log a download at every tenth: the operator of a slow start should see why."""
+        tenth = 10 * event.done // event.total if event.total else 0
+        if (event.stage, tenth) == self._load_seen:
+            return
+        self._load_seen = (event.stage, tenth)
+        size = f": {event.done / 1e6:.0f} of {event.total / 1e6:.0f} MB" if event.total else ""
+        self._note("INFO" if event.stage == "download" else "DEBUG", event.stage + size)
 
     def _on_ready(self, event: Ready, now: float) -> None:
         self.last_batch_good = True
@@ -372,15 +388,20 @@ class Worker:
         self.counters.engine_deaths += 1
         self.last_batch_good = False
         self._note("WARNING", f"an engine ended: {event.reason}; {len(event.batches)} batches are sent again")
-        for job in self.scheduler.requeue(*event.batches):
+        poisoned = self.scheduler.requeue(*event.batches)
+        for job in poisoned:
             self._quarantine.add(job.groups, now)
             self._finish(job, now)
+        if poisoned:
+            self._refuse_quarantined(now)
         # Before the first `ready` the fleet decides when to give up, and `LoadFailed` says so.
         if self.fleet.ever_ready and self.fleet.unavailable(now) is not None:
             self._refuse_all(Code.ENGINE_UNAVAILABLE, "The engine keeps failing; see the log.")
 
     def _on_load_failed(self, event: LoadFailed) -> None:
-        """The first start failed for good: say so, and leave nothing unanswered."""
+        """The first start failed for good: say so once, and leave nothing unanswered."""
+        if self.exit_code is not None:  # the other engines fail for the same reason
+            return
         # First the cause: a host takes the first error line as the reason of the failed start.
         self._emit(error_answer(Refusal(None, Code.MODEL_LOAD_ERROR, event.error), self._wall_clock()))
         self._refuse_all(Code.NOT_READY, "The model could not be loaded.")
@@ -425,7 +446,7 @@ class Worker:
             latency_ms=latency_ms,
             truncated=job.truncated,
             total_tokens=job.total_tokens,
-            timings=(max(0.0, ((job.dispatched_at or now) - ticket.received_at) * 1e3), job.tokenize_ms, job.inference_ms),
+            timings=(max(0.0, ((now if job.dispatched_at is None else job.dispatched_at) - ticket.received_at) * 1e3), job.tokenize_ms, job.inference_ms),
             model=str(info.get("model", self.config.model)),
             score_kind=reports.score_kind(scale, info),
             shared=job.shared,
@@ -469,6 +490,14 @@ class Worker:
             ticket = self._tickets[job.number]
             self._drop(ticket)
             self._refuse(ticket, Refusal(ticket.request.id, code, text))
+
+    def _refuse_quarantined(self, now: float) -> None:
+        """Refuse the copies that wait of what was just quarantined: each would cost two more engines."""
+        for job in self.scheduler.jobs():
+            if self._quarantine.holds(job.groups, now):
+                ticket = self._tickets[job.number]
+                self._drop(ticket)
+                self._refuse(ticket, Refusal(ticket.request.id, Code.POISONED, _POISONED))
 
     def _answer_error(self, refusal: Refusal, place: Place | None) -> None:
         self._count_error(refusal.code)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from host import Host
+from hypothesis import settings
+
+# Loaded machines make any deadline a coin toss; in CI the same examples are tried each time.
+settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+settings.load_profile("suite")
 
 Spawn = Callable[..., Host]
 

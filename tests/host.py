@@ -121,7 +121,7 @@ class Host:
     def send(self, *messages: Any, within: float = 20.0) -> None:
         """Write objects as lines (bytes go as they are); returns when the pipe has taken all."""
         self.queue(*messages)
-        self.until(lambda: not self._unsent, within, "the worker to take its input")
+        self.until(lambda: not self._unsent or self.stdin_fd < 0, within, "the worker to take its input")
 
     def queue(self, *messages: Any) -> None:
         """Like `send`, but only queued: the pipe takes it during later waits."""
@@ -134,7 +134,9 @@ class Host:
 
     def read_raw_line(self, within: float = 10.0) -> bytes:
         """The next line of stdout with its `\\n`."""
-        self.until(self.has_line, within, "a line")
+        self.until(lambda: self.has_line() or self.stdout_fd < 0, within, "a line")
+        if not self.has_line():
+            raise HostError(f"stdout ended where a line was expected; {self._state()}")
         end = self.raw.index(b"\n", self._parsed) + 1
         line, self._parsed = bytes(self.raw[self._parsed : end]), end
         return line
@@ -213,7 +215,7 @@ class Host:
 
     def kill_keeper(self) -> None:
         """The host's sudden death."""
-        os.kill(self.keeper_pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
     def finish(self) -> None:

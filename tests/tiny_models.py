@@ -162,22 +162,19 @@ def _byte_level_bpe(architecture: str) -> Tokenizer:
 
 
 def _unigram(architecture: str) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     xlm = architecture == "xlm-roberta"
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if xlm else ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.Unigram())
+    # By hand, because training a Unigram model gives another vocabulary in each process. Longer pieces are likelier than their letters.
+    letters = "▁abcdefghijklmnopqrstuvwxyz0123456789.,-中国文"
+    pieces = [*letters, *("▁" + word for word in WORDS), "ing", "er", "ed", "th", "ou", "in", "on", "st"]
+    vocabulary = [(name, 0.0) for name in special] + [(piece, -6.0 - i / 100) for i, piece in enumerate(dict.fromkeys(pieces))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, special.index("<unk>" if xlm else "[UNK]"), byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=500,
-        special_tokens=special,
-        unk_token=special[3 if xlm else 1],
-        show_progress=False,
-        initial_alphabet=list("中国文0123456789"),
-    )
-    tokenizer.train_from_iterator(sentences(), trainer)
+    tokenizer.add_special_tokens(special)
     if xlm:
         template = {"single": "<s> $A </s>", "pair": "<s> $A </s> </s> $B </s>"}
         tokenizer.post_processor = processors.TemplateProcessing(**template, special_tokens=[("<s>", 0), ("</s>", 2)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import Pair, Tokens
-from reranker_worker.backends.texts import PairIds
+from reranker_worker.backends.texts import LONGEST_PREFIX_CHARS, PairIds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +32,15 @@ class MessageTokenizer:
         return [self._one(pair) for pair in pairs]
 
     def _one(self, pair: Pair) -> Tokens:
-        # A megabyte query is refused by its prefix: it can only be longer than that.
-        query = pair.query[: self._prefix_chars(pair.query, pair.max_length)]
+        query = pair.query
+        # A query that goes on behind its prefix is refused unrendered; it has too many tokens or is too long to tell.
+        if self._prefix_chars(query, pair.max_length) < len(query):
+            return Tokens(None, 0, fits=False)
         overhead = len(self._render(query, "", pair.instruction).ids)
         if overhead > pair.max_length:
             return Tokens(None, 0, fits=False)
+        if pair.max_document_tokens:
+            pair = pair._replace(max_length=min(pair.max_length, overhead + pair.max_document_tokens))
         text = pair.document[: self._prefix_chars(pair.document, pair.max_length)]
         rendered = self._render(query, text, pair.instruction)
         if len(text) == len(pair.document) and len(rendered.ids) <= pair.max_length:
@@ -61,10 +65,10 @@ class MessageTokenizer:
         return PairIds(ids, type_ids)
 
     def _prefix_chars(self, text: str, tokens: int) -> int:
-        """Characters of `text` that surely hold more than `tokens` tokens, or all of them."""
-        size = tokens * _CHARS_PER_TOKEN
-        while size < len(text) and self._count(text[:size]) <= tokens + tokens // 8:
-            size *= _GROWTH
+        """Characters of `text` that hold more than `tokens` tokens, or all of them, within the bound of `texts`."""
+        size, most = tokens * _CHARS_PER_TOKEN, max(LONGEST_PREFIX_CHARS, 4 * tokens * _CHARS_PER_TOKEN)
+        while size < min(most, len(text)) and self._count(text[:size]) <= tokens + tokens // 8:
+            size = min(size * _GROWTH, most)
         return min(size, len(text))
 
     def _count(self, text: str) -> int:

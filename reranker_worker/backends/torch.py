@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
 
-# On a CPU a pass should fit the caches, on an accelerator it should fill the device (figures in the tests' README of measurements).
+# On a CPU a pass should fit the caches, on an accelerator it should fill the device. Measured (MiniLM-L6, 100 passages of 77 tokens on
+# average, sorted, medians of 7 on 2 loaded cores): a budget of 512 / 1,024 / 2,048 / 4,096 takes 2.66 / 2.60 / 2.95 / 3.70 s with one
+# thread and 2.77 / 2.26 / 3.30 / 4.61 s with two; predict takes 3.77 and 5.00 s.
 _CPU_PASS_TOKENS = 1024
 _ACCELERATOR_PASS_TOKENS = 16384
 _UNFIT, _UNSAFE = 71, 78

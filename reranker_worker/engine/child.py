@@ -48,8 +48,12 @@ def main(argv: Sequence[str]) -> None:
     _isolate(front_pid)
     # A child that a library starts must not hold our pipe open: the front sees our end by its closing.
     os.set_inheritable(results_fd, False)
+    # A child of a library must not keep our pipes open: the front would not see our end.
+    os.set_inheritable(results_fd, False)
     requests_fd = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
     engine = _Engine(requests_fd, results_fd)
     try:
         engine.run()
@@ -183,8 +187,9 @@ def _self_test(backend: Backend, model: ResolvedModel, config: Config) -> float:
 
 
 def _versions(backend: Backend) -> dict[str, str]:
-    versions = getattr(backend, "versions", None)
-    return dict(versions()) if versions is not None else {}
+    """Versions of the libraries that decide the scores, as the backend's own module tells them."""
+    versions = getattr(sys.modules[type(backend).__module__], "versions", dict)
+    return dict(versions())
 
 
 def _summary(error: Exception) -> str:

@@ -22,6 +22,7 @@ MOST_IN_FLIGHT = 2
 # An engine without progress is given this long after a deadline has passed, or four times its slowest pass.
 _GRACE_SECONDS = 1.0
 _GRACE_PASSES = 4.0
+_SOONEST_SECONDS = 1.0  # a start in a storm takes at least so long; "now" would make hosts hammer
 _INTERNAL_ERROR = 70
 _MACHINE_UNFIT = 71
 
@@ -32,6 +33,15 @@ class Link(Protocol):
     def start(self) -> None: ...
     def send(self, body: dict[str, Any]) -> None: ...
     def kill(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """An engine's start goes on; of a download `done` and `total` bytes are known (total 0: not known)."""
+
+    stage: str
+    done: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +73,7 @@ class Lost:
     reason: str
 
 
-Event = Ready | LoadFailed | Scored | Lost | None
+Event = Loading | Ready | LoadFailed | Scored | Lost | None
 
 
 @dataclass(slots=True)
@@ -116,7 +126,7 @@ class Fleet:
             return None
         if any(engine.state == "ready" for engine in self.engines):
             return None
-        waits = [max(0.0, engine.start_at - now) for engine in self.engines if engine.state != "gone"]
+        waits = [max(_SOONEST_SECONDS, engine.start_at - now) for engine in self.engines if engine.state != "gone"]
         if not waits:
             return float("inf")
         storming = all(engine.restarts.storming(now) for engine in self.engines if engine.state != "gone")
@@ -134,10 +144,18 @@ class Fleet:
         if engine.in_flight:
             engine.slowest_seconds = max(engine.slowest_seconds, now - engine.progress_at)
         engine.progress_at = now
+        try:
+            return self._understand(engine, frame)
+        except (KeyError, TypeError, ValueError):
+            self.on_garbage(engine)
+            return None
+
+    def _understand(self, engine: Engine, frame: dict[str, Any]) -> Event:
         event = frame.get("event")
         if event == "loading":
-            engine.stage = str(frame.get("stage", ""))
-        elif event == "ready":
+            engine.stage = str(frame["stage"])
+            return Loading(engine.stage, int(frame["done"]), int(frame["total"]))
+        if event == "ready":
             engine.state, engine.info = "ready", frame["info"]
             self.ever_ready = True
             return Ready(engine.info)
@@ -166,7 +184,7 @@ class Fleet:
         if not self.ever_ready and was_loading:
             failed = self._first_start_failed(engine, return_code, now)
             if failed:
-                events.append(failed)
+                events.insert(0, failed)  # the cause before its consequences: a host shows its user the first error
         engine.failure, engine.kill_reason = None, ""
         return events
 
@@ -228,20 +246,23 @@ class Fleet:
         if batch is None or sizes != {batch.num_pairs}:
             self._kill(engine, "it broke the inner wire")
             return None
-        del engine.in_flight[batch.number]
-        return Scored(
-            batch,
-            Result(
-                logits=frame["logits"],
-                probabilities=frame["probabilities"],
-                model_scores=frame.get("model_scores"),
-                tokens=frame["tokens"],
-                truncated=frame["truncated"],
-                failures=[(pair, code, text) for pair, code, text in frame["failures"]],
-                tokenize_ms=frame["tokenize_ms"],
-                inference_ms=frame["inference_ms"],
-            ),
+        result = Result(
+            logits=frame["logits"],
+            probabilities=frame["probabilities"],
+            model_scores=frame.get("model_scores"),
+            tokens=frame["tokens"],
+            truncated=frame["truncated"],
+            failures=[(pair, code, text) for pair, code, text in frame["failures"]],
+            tokenize_ms=frame["tokenize_ms"],
+            inference_ms=frame["inference_ms"],
         )
+        failed = {pair for pair, _, _ in result.failures}
+        # A pair has a score or a failure; a null would reach the host as a score.
+        if any(logit is None and pair not in failed for pair, logit in enumerate(result.logits)):
+            self._kill(engine, "it broke the inner wire")
+            return None
+        del engine.in_flight[batch.number]
+        return Scored(batch, result)
 
     def _stalled_at(self, engine: Engine) -> float:
         if engine.state != "ready" or not engine.in_flight:

@@ -42,14 +42,14 @@ _ALLOWED_PREFIXES = tuple(
         "ONEDNN_ MALLOC_ COVERAGE_"
     ).split()
 )
-_TOKENS = ("HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 def engine_environment(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
-    """What the engine sees of the environment. The hub token only when a download may be needed."""
+    """What the engine sees of the environment. The hub's secrets only when a download may be needed."""
     allowed = {name: value for name, value in environ.items() if name in _ALLOWED_NAMES or name.startswith(_ALLOWED_PREFIXES)}
     if config.model == "bundled" or config.local_files_only or config.backend == "fake" or os.path.isdir(config.model):
-        allowed = {name: value for name, value in allowed.items() if name not in _TOKENS}
+        allowed = {name: value for name, value in allowed.items() if not any(word in name for word in _SECRET_WORDS)}
     # Spinning threads cost up to four times the time when the database beside us uses the same cores, and nothing alone.
     allowed.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return allowed | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
@@ -80,9 +80,11 @@ class EngineProcess:
     def start(self) -> None:
         """Spawn the process and send it its settings. Raises OSError when the machine cannot."""
         self._close()
-        pipes = [os.pipe() for _ in range(3)]
-        (requests_r, self.requests_fd), (self.results_fd, results_w), (self.log_fd, log_w) = pipes
+        ends: list[int] = []
         try:
+            for _ in range(3):
+                ends += os.pipe()
+            requests_r, requests_w, results_r, results_w, log_r, log_w = ends
             self._process = subprocess.Popen(  # noqa: S603  # our own interpreter, a constant program
                 [sys.executable, "-c", _START, _ROOT, str(results_w), str(os.getpid())],
                 stdin=requests_r,
@@ -91,9 +93,13 @@ class EngineProcess:
                 pass_fds=(results_w,),
                 env=self._environ,
             )
-        finally:
-            for descriptor in (requests_r, results_w, log_w):
+        except OSError:
+            for descriptor in ends:
                 os.close(descriptor)
+            raise
+        for descriptor in (requests_r, results_w, log_w):
+            os.close(descriptor)
+        self.requests_fd, self.results_fd, self.log_fd = requests_w, results_r, log_r
         for descriptor in (self.requests_fd, self.results_fd, self.log_fd):
             os.set_blocking(descriptor, False)
         for descriptor in (self.requests_fd, self.results_fd):
@@ -147,6 +153,12 @@ class EngineProcess:
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> None:
+        """Give a killed process so long to end, so that it leaves no zombie."""
+        if self._process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
 
     def reap(self, timeout_s: float = 0.2) -> int:
         """Wait for the process after its pipe closed (killing it if it lingers); its return code, negative for a signal."""

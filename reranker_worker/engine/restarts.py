@@ -15,7 +15,7 @@ class Restarts:
     """Back-off of one engine: 0, 0.1, 0.5, 2, 5 s for deaths within a minute, then every 30 s."""
 
     def __init__(self) -> None:
-        self._deaths: deque[float] = deque()
+        self._deaths: deque[float] = deque(maxlen=len(DELAYS_SECONDS) + 1)
 
     def delay(self, now: float) -> float:
         """Record a death at `now` (seconds, monotonic); how long to wait before the next start, in seconds."""
@@ -29,5 +29,10 @@ class Restarts:
         return len(self._deaths) >= len(DELAYS_SECONDS)
 
     def _forget(self, now: float) -> None:
+        if len(self._deaths) >= len(DELAYS_SECONDS):
+            # In a storm the starts are so far apart that no window would be full: it ends when an engine has lived for a window.
+            if now - self._deaths[-1] > SLOW_SECONDS + WINDOW_SECONDS:
+                self._deaths.clear()
+            return
         while self._deaths and now - self._deaths[0] > WINDOW_SECONDS:
             self._deaths.popleft()

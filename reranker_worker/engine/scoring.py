@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _MOST_BROKEN_PAIRS = 3
 _NO_ROOM = ("INVALID_REQUEST", "The query alone fills the model's max_length; shorten it.")
+_NO_INSTRUCTION = ("INVALID_REQUEST", "This model takes no instruction; leave the field out.")
 _NO_MEMORY = ("INFERENCE_ERROR", "There is not enough memory to score one of the documents even alone.")
 _NOT_FINITE = ("INFERENCE_ERROR", "The model gave no finite score for one of the documents.")
 _RAISED = ("INFERENCE_ERROR", "The model failed on one of the documents; the worker's log names the kind of error.")
@@ -31,6 +32,7 @@ class Prepared:
 
     batch: int
     tokens: list[Tokens]
+    refused: set[int]  # pairs with an instruction that the model cannot take
     tokenize_ms: float
 
 
@@ -76,14 +78,16 @@ class Scorer:
             for document in documents
         ]
         tokens = self._backend.tokenize(pairs)
-        return Prepared(frame["batch"], tokens, (time.perf_counter() - begin) * 1e3)
+        refused = {index for index, pair in enumerate(pairs) if pair.instruction} if not self._backend.info.instruction else set()
+        return Prepared(frame["batch"], tokens, refused, (time.perf_counter() - begin) * 1e3)
 
     def score(self, prepared: Prepared, progress: Callable[[int], None]) -> dict[str, Any]:
         """The `scored` frame of a batch. `progress` is called after each pass. Raises EngineSickError when the device is lost."""
         begin = time.perf_counter()
         tokens = prepared.tokens
-        outcome = _Outcome([None] * len(tokens), {index: _NO_ROOM for index, item in enumerate(tokens) if not item.fits})
-        able = [index for index, item in enumerate(tokens) if item.fits]
+        failures = {index: _NO_ROOM for index, item in enumerate(tokens) if not item.fits} | dict.fromkeys(prepared.refused, _NO_INSTRUCTION)
+        outcome = _Outcome([None] * len(tokens), failures)
+        able = [index for index in range(len(tokens)) if index not in failures]
         for plan in plan_passes([tokens[index].length for index in able], self.max_pass_tokens, self._batch_size):
             self._pass(tokens, [able[position] for position in plan], outcome)
             progress(prepared.batch)
@@ -93,7 +97,7 @@ class Scorer:
         outcome.passes += 1
         try:
             logits = self._backend.score([tokens[index] for index in indices])
-        except OutOfMemoryError:
+        except (OutOfMemoryError, MemoryError):
             self._halve(tokens, indices, outcome)
         except Exception as error:  # the batch boundary: one bad pair must not fail its mates
             self._isolate(tokens, indices, outcome, error)

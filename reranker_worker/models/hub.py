@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*vocab*.txt", "*merges.txt", "MANIFEST.sha256")
-# Other runtimes' copies of the same weights.
-_UNWANTED = ("onnx/*", "openvino/*", "coreml/*", "original/*", "checkpoint-*/*", "*.onnx", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# Other runtimes' copies of the same weights, and training states.
+_UNWANTED = ("onnx/*", "openvino/*", "coreml/*", "original/*", "checkpoint-*/*")
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EFBIG)
 _PROGRESS_INTERVAL_S = 0.1
 
@@ -26,7 +26,7 @@ _PROGRESS_INTERVAL_S = 0.1
 def find_on_hub(config: Config, progress: Callable[[str, int, int], None]) -> tuple[Path, str]:
     """(snapshot directory, "cache" or "hub") of the hub model `config.model`; raises ModelError.
 
-    A cached snapshot is used as it stands, with no network call: pin `model_revision`, or prewarm again, to get a newer one.
+    A cached snapshot is used as it stands, with no network call: pin `model_revision` to get a certain one, or clear the cache for the newest.
     """
     from huggingface_hub import constants, utils
     from huggingface_hub.errors import HFValidationError
@@ -42,7 +42,7 @@ def find_on_hub(config: Config, progress: Callable[[str, int, int], None]) -> tu
         return cached, "cache"
     if constants.HF_HUB_OFFLINE or config.local_files_only:
         text = f"The model {shown(config.model)}{_at(config)} is not in the local cache and the network is switched off; "
-        raise ModelError(text + "run `prewarm` with network access once, or name a local directory.", MISSING)
+        raise ModelError(text + "run `python -m reranker_worker check` with the network once, or name a directory.", MISSING)
     return _download(config, progress), "hub"
 
 
@@ -97,7 +97,7 @@ def _explained(error: Exception, config: Config) -> ModelError:
             return ModelError(text + "free some space or set HF_HOME to a directory that can be written.", CANNOT_CREATE)
     reason = f"HTTP {status}" if status else type(causes[-1]).__name__
     text = f"The model {name} is not in the local cache and the hub {shown(constants.ENDPOINT)} cannot be reached ({reason}); "
-    return ModelError(text + "check the network, or run `prewarm` where there is one.", NETWORK)
+    return ModelError(text + "check the network, or bring the cache (HF_HOME) from a machine that has one.", NETWORK)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

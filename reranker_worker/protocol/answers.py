@@ -35,7 +35,7 @@ class Scores:
 
 
 def serialize(body: dict[str, Any]) -> bytes:
-    """One whole line with its `\\n`. Raises ValueError for NaN or infinity, which must never leave."""
+    """One whole line with its `\\n`. NaN and infinity never leave: orjson makes them null, json a ValueError; the engine checks first."""
     return _pad(json_text(body) + b"\n")
 
 

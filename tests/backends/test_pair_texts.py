@@ -65,7 +65,7 @@ def test_ids_of_cut_texts_equal_those_of_whole_texts(seed: int, tokenizer: Any) 
     chance = random.Random(seed)
     pairs = []
     for max_length in (16, 128):
-        texts = text_kinds(chance, chance.choice([500, 4_000, 20_000]))
+        texts = text_kinds(chance, chance.choice([500, 4_000, 9_000]))
         pairs += [Pair(ordinary(chance, 8), text, max_length) for text in texts]
     got = PairTokenizer(tokenizer).tokenize(pairs)
     assert [tokens.length for tokens in got] == [len(tokens.inputs.ids) for tokens in got]
@@ -81,6 +81,29 @@ def test_every_cut_of_one_text_gives_the_same_ids(tokenizer: Any, monkeypatch: p
     for size in range(2_000, 2_120):
         monkeypatch.setattr("reranker_worker.backends.texts._first_prefix", lambda max_length, size=size: size)
         assert PairTokenizer(tokenizer).tokenize([pair]) == [expected]
+
+
+def test_a_word_that_goes_on_behind_the_prefix_is_not_trusted() -> None:
+    """Its last letter is unknown, so the whole word is one unknown token; its beginning alone would be two thousand known ones."""
+    tokenizer = make_tokenizer("bert")
+    tokenizer.model.max_input_chars_per_word = 10_000
+    pair = Pair("where", "boat " + "ab" * 1_400 + "ш lake", 64)
+    expected = uncut(tokenizer, pair)
+    assert expected.length < 10
+    assert PairTokenizer(tokenizer).tokenize([pair]) == [expected]
+
+
+@pytest.mark.parametrize("size", range(300, 306))
+def test_words_near_the_cut_are_not_trusted(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tokenizers group the digits of a number from its end, so that every word of it depends on where it ends."""
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = make_tokenizer("bert")
+    grouped = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*(?!\d))"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), grouped])
+    pair = Pair("where", "1234567890" * 70 + " lake", 64)
+    monkeypatch.setattr("reranker_worker.backends.texts._first_prefix", lambda max_length: size)
+    assert PairTokenizer(tokenizer).tokenize([pair]) == [uncut(tokenizer, pair)]
 
 
 @pytest.mark.parametrize("blanks", [0, 1, 5_000])
@@ -104,7 +127,8 @@ def test_a_query_that_leaves_no_room_does_not_fit() -> None:
         ("boat " * 28, "lake"): True,
         ("boat " * 500_000, "lake"): False,
         ("boat " * 500_000, ""): False,
-        ("b" * 500_000, "lake"): True,  # one unknown word
+        ("b" * 100_000, "lake"): True,  # one unknown word
+        ("b" * 500_000, "lake"): False,  # too long to tell
     }
     got = tokenizer.tokenize([Pair(query, document, 32) for query, document in fits])
     assert [tokens.fits for tokens in got] == list(fits.values())
@@ -137,6 +161,31 @@ def test_ten_megabytes_of_words_cost_about_as_much_as_a_page(tokenizer: Any) -> 
     assert time.perf_counter() - start < 2.0
 
 
+ENDLESS = {
+    "blanks": " " * 10_000_000,
+    "one word": "a" * 10_000_000,
+    "one word of ideographs": "中国文" * 3_333_333,
+    "marks": "e" + "\u0301" * 9_999_999,
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_ten_megabytes_without_words_are_bounded_too(kind: str, tokenizer: Any) -> None:
+    start = time.perf_counter()
+    (document,) = PairTokenizer(tokenizer).tokenize([Pair("boat", ENDLESS[kind], 512)])
+    (query,) = PairTokenizer(tokenizer).tokenize([Pair(ENDLESS[kind], "boat", 512)])
+    assert document.fits
+    assert document.truncated
+    assert not query.fits
+    # Measured 20 to 90 ms; tokenizing the whole takes 2 to 6 seconds and up to 2 GB.
+    assert time.perf_counter() - start < 2.0
+
+
+def test_what_lies_within_the_longest_prefix_is_found_behind_blanks(tokenizer: Any) -> None:
+    pairs = [Pair("boat", " " * blanks + "the boat is on the lake", 64) for blanks in (1_000, 20_000, 100_000)]
+    assert PairTokenizer(tokenizer).tokenize(pairs) == [uncut(tokenizer, pair) for pair in pairs]
+
+
 def test_a_tokenizer_that_writes_the_document_first_is_not_supported() -> None:
     from tokenizers.processors import TemplateProcessing
 
@@ -146,3 +195,14 @@ def test_a_tokenizer_that_writes_the_document_first_is_not_supported() -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $B [SEP] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     assert not supports_pairs(tokenizer)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 40, 100_000])
+def test_a_limit_for_the_document_alone_keeps_its_first_tokens_and_the_whole_query(tokenizer: Any, limit: int) -> None:
+    pairs = PairTokenizer(tokenizer)
+    query, document = "where is the cat", "the cat sat on the mat " * 20
+    (whole,) = pairs.tokenize([Pair(query, document, 512)])
+    (empty,) = pairs.tokenize([Pair(query, "", 512)])
+    (cut,) = pairs.tokenize([Pair(query, document, 512, max_document_tokens=limit)])
+    assert cut.length == len(cut.inputs.ids) == min(whole.length, empty.length + limit)
+    assert cut.truncated == (cut.length < whole.length or whole.truncated)

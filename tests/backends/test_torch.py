@@ -92,6 +92,14 @@ def test_a_long_document_is_cut_as_predict_cuts_it(architecture: str, tiny: Mode
     assert farthest(backend.score(tokens), expected) < PARITY
 
 
+def test_what_predict_does_to_the_tokenizer_does_not_matter(tiny: ModelMaker) -> None:
+    backend = opened(tiny("bert"))
+    pair = Pair("where is the boat", "the boat is on the lake and " * 20_000, 512)
+    before = backend.tokenize([pair])
+    backend._model.predict([("boat", "lake")])
+    assert backend.tokenize([pair]) == before
+
+
 def test_a_prompt_that_the_model_declares_is_used_as_predict_uses_it(tiny: ModelMaker, tmp_path: Path) -> None:
     import torch
 

@@ -17,6 +17,7 @@ UNWANTED = {
     "pytorch_model.bin": b"never",
     "model.pt": b"never",
     "onnx/model.onnx": b"never",
+    "onnx/model.safetensors": b"never",
     "onnx/config.json": b"{}",
     "openvino/openvino_model.bin": b"never",
     "modeling.py": b"never",
@@ -75,9 +76,9 @@ def test_a_cache_without_weights_is_completed(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "exit_code", "words"),
     [
-        ({"model": "org/unknown"}, 66, ["org/unknown", "HF_TOKEN"]),
+        ({"model": "org/unknown"}, 66, ["no model 'org/unknown'", "HF_TOKEN"]),
         ({"model": "nobody/nothing"}, 66, ["nobody/nothing"]),
-        ({"model": "org/gated"}, 66, ["gated", "HF_TOKEN"]),
+        ({"model": "org/gated"}, 66, ["is gated", "HF_TOKEN"]),
         ({"model": "org/private"}, 66, ["HF_TOKEN"]),
         ({"model": "org/forbidden"}, 66, ["HF_TOKEN"]),
         ({"model": "org/broken"}, 69, ["HTTP 500"]),

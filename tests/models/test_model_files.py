@@ -99,6 +99,7 @@ def test_a_flipped_header_length_is_caught_without_a_manifest(position: int, tmp
         (b'"shape": [8]', b'"shape": [9]'),
         (b'"data_offsets": [0, 32]', b'"data_offsets": [1, 32]'),
         (b'"data_offsets": [32, 96]', b'"data_offsets": [33, 97]'),
+        (b'"data_offsets": [0, 32]', b'"data_offsets": [1, 33]'),
         (b'"data_offsets": [0, 32]', b'"data_offsets": [-1,31]'),
         (b'"dtype": "F32"', b'"dtype": "F16"'),
         (b'{"__metadata__"', b'["__metadata__"'),

@@ -1,0 +1,97 @@
+"""Planted defects: one small edit each, and the test that must notice it. The list shows what the suite is worth.
+
+`catcher` is either pytest arguments or `chaos RUNS SEED`. `old` stands exactly once in its file; a test sees to that, so that the list cannot rot.
+"""
+
+# ruff: noqa: E501  # one defect, one line: a table reads better than a form
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Defect:
+    """Replace `old` by `new` in `file`; `catcher` must fail then."""
+
+    name: str
+    area: str
+    file: str
+    old: str
+    new: str
+    catcher: str
+
+
+def _transcript(*numbers: str) -> str:
+    return f"tests/test_transcripts.py -k {'_or_'.join(numbers)}".replace("_or_", " or ")
+
+
+_FUZZ = "tests/fuzz"
+_STDIO = "reranker_worker/stdio.py"
+_FRAMING = "reranker_worker/protocol/framing.py"
+_PARSING = "reranker_worker/protocol/parsing.py"
+_ANSWERS = "reranker_worker/protocol/answers.py"
+_WORKER = "reranker_worker/worker.py"
+_SCHEDULER = "reranker_worker/scheduler.py"
+_ORDERING = "reranker_worker/ordering.py"
+_FLEET = "reranker_worker/engine/fleet.py"
+_RESTARTS = "reranker_worker/engine/restarts.py"
+_SCORING = "reranker_worker/engine/scoring.py"
+_FRAMES = "reranker_worker/engine/frames.py"
+_QUARANTINE = "reranker_worker/quarantine.py"
+
+DEFECTS = [
+    # --- transport
+    Defect("a short write drops the rest of the line", "transport", _STDIO, "line = line[written:]", "line = line[len(line) :]", "tests/process/test_streams.py -k non_blocking"),
+    Defect("answers of one turn leave in reverse", "transport", _STDIO, "self._lines.extend(lines)", "self._lines.extend(reversed(lines))", _transcript("09_", "15_")),
+    Defect("stdout is not claimed", "transport", _STDIO, "    os.dup2(2, 1)\n", "", "tests/process/test_streams.py -k noise"),
+    Defect("end of input is not noticed", "transport", _STDIO, "self._worker.end_of_input(now)", "pass", _transcript("01_")),
+    Defect("SIGTERM keeps its default", "transport", _STDIO, "(signal.SIGTERM, signal.SIGHUP):", "(signal.SIGHUP,):", _transcript("17_")),
+    Defect("the worker leaves before the last answers are written", "transport", _STDIO, "if self._writer.flush(_FLUSH_STEP_SECONDS):", "if True:", "tests/process/test_life.py -k last_answers"),
+    Defect("the host's death is not watched", "transport", _STDIO, "watch(self._parent.fd, select.POLLIN, self._on_parent)", "pass", "tests/process/test_life.py -k host_was_killed"),
+    # --- framing
+    Defect("an unfinished line is forgotten at a cut", "framing", _FRAMING, "        self._hold(rest)\n        return lines", "        return lines", "chaos 20 1"),
+    Defect("an oversize line takes the next one with it", "framing", _FRAMING, "self._parts, self._held_bytes, self._oversize = [], 0, False", "self._parts, self._held_bytes = [], 0", _transcript("11_")),
+    Defect("blank lines are answered", "framing", _FRAMING, r'return [line] if line.strip(b" \t\r") else []', "return [line]", _transcript("11_")),
+    Defect("the limit of a line is one byte short", "framing", _FRAMING, "if oversize or len(line) > self._max_line_bytes:", "if oversize or len(line) >= self._max_line_bytes:", _FUZZ),
+    Defect("inner frames are read twice", "framing", _FRAMES, "        del self._buffer[:start]\n", "", _transcript("01_")),
+    # --- parsing
+    Defect("depth is counted one off", "parsing", _PARSING, "if depth > MAX_DEPTH:", "if depth >= MAX_DEPTH:", _FUZZ),
+    Defect("true is an id", "parsing", _PARSING, "(type(value) is int and abs(value) < MAX_ID_INTEGER)", "(isinstance(value, int) and abs(value) < MAX_ID_INTEGER)", _FUZZ),
+    Defect("pairs of another query join the first group", "parsing", _PARSING, "if not runs or runs[-1][0] != pair[0]:", "if not runs:", _transcript("05_")),
+    Defect("a line that is cut off at the end of input is dropped", "parsing", _PARSING, "        for line in self._lines.finish():", "        for line in []:", _transcript("18_")),
+    # --- admission
+    Defect("a duplicate id is admitted", "admission", _WORKER, "if request.id is not None and request.id in self._by_id:", "if False:", _transcript("02_")),
+    Defect("a draining worker admits", "admission", _WORKER, "        if self.draining:\n            return Refusal", "        if False:\n            return Refusal", _transcript("15_")),
+    Defect("the queue has no limit", "admission", _WORKER, "if excess > 1 and scheduler.waiting_jobs:", "if False:", _transcript("12_")),
+    Defect("a poisoned request is tried again and again", "admission", _QUARANTINE, "return self._until.get(self._fingerprint(groups), 0.0) > now", "return False", _transcript("13_")),
+    # --- ordering
+    Defect("answers without id leave when they are done", "ordering", _ORDERING, "        return lines", "        return [line]", _transcript("03_")),
+    Defect("refused lines overtake", "ordering", _WORKER, "self._answer_error(message, self._place(message.id))", "self._answer_error(message, None)", _transcript("03_")),
+    Defect("a cancelled request is answered twice", "ordering", _WORKER, "            self._drop(target)\n            self._refuse(target, refusal)", "            self._refuse(target, refusal)", _transcript("09_")),
+    Defect("of equal scores the last comes first", "ordering", _ANSWERS, "(-item[1], item[0])", "(-item[1], -item[0])", _transcript("04_")),
+    # --- scheduling
+    Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", _transcript("02_")),
+    Defect("copies in flight are never told", "scheduling", _SCHEDULER, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
+    Defect("a copy is told the next pair's score", "scheduling", _SCHEDULER, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
+    Defect("scores shift by one slice", "scheduling", _SCHEDULER, "            offset += size\n", "", "chaos 20 1"),
+    Defect("deadlines come a second late", "scheduling", _SCHEDULER, "and deadline <= now:", "and deadline <= now - 1:", _transcript("10_")),
+    Defect("bytes of done requests stay counted", "scheduling", _SCHEDULER, "        self.waiting_bytes -= job.num_bytes\n", "", "chaos 5 1"),
+    # --- supervision
+    Defect("one pair is not sent again after a crash", "supervision", _SCHEDULER, "item.job._again.extend(range(item.start, item.stop))", "item.job._again.extend(range(item.start + 1, item.stop))", _transcript("13_")),
+    Defect("an innocent request is given up with the guilty one", "supervision", _SCHEDULER, "_MOST_CRASHES = 2", "_MOST_CRASHES = 1", _transcript("13_")),
+    Defect("one death counts for each batch in flight", "supervision", _WORKER, "= self.scheduler.requeue(*event.batches)", "= [job for batch in event.batches for job in self.scheduler.requeue(batch)]", "chaos 150 1"),
+    Defect("a hung engine is left alone", "supervision", _FLEET, 'self._kill(engine, "it hung while scoring")', "pass", _transcript("13_")),
+    Defect("a restart storm is not noticed", "supervision", _RESTARTS, "return len(self._deaths) >= len(DELAYS_SECONDS)", "return False", _transcript("14_")),
+    Defect("a failed start is blamed on the engine", "supervision", _WORKER, "if self.fleet.ever_ready and self.fleet.unavailable(now) is not None:", "if self.fleet.unavailable(now) is not None:", _transcript("20_")),
+    # --- drain
+    Defect("an incomplete drain exits with 0", "drain", _WORKER, "_DRAINED_INCOMPLETELY if self._left_something else _DRAINED", "_DRAINED", _transcript("16_")),
+    Defect("a drain gives up at once", "drain", _WORKER, "if self._tickets and now >= self._drain_until:", "if self._tickets:", _transcript("15_")),
+    Defect("shutdown is acknowledged and forgotten", "drain", _WORKER, '        if message.type == "shutdown":\n            self.drain(now)\n', "", _transcript("15_")),
+    # --- scoring
+    Defect("scores come in the order of the pass", "scoring", _SCORING, "for index, logit in zip(indices, logits, strict=True):", "for index, logit in zip(sorted(indices), logits, strict=True):", _transcript("04_")),
+    Defect("a score that is no number leaves", "scoring", _SCORING, "if math.isfinite(logit):", "if True:", _transcript("13_")),
+    Defect("half of a pass is lost when memory runs out", "scoring", _SCORING, "        self._pass(tokens, indices[middle:], outcome)\n", "", _transcript("13_")),
+    Defect("the sigmoid is upside down", "scoring", _SCORING, "return power / (1.0 + power)", "return 1.0 / (1.0 + power)", _transcript("01_")),
+    Defect("answers are not ASCII", "answers", _ANSWERS, "if text.isascii():", "if True:", _transcript("04_")),
+]
