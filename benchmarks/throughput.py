@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -60,10 +61,10 @@ class Turns:
 class Peer:
     """The other process."""
 
-    def __init__(self, model: str, threads: int) -> None:
+    def __init__(self, model: str, threads: int, environ: dict[str, str]) -> None:
         command = [sys.executable, "-m", "benchmarks.peer", model, str(threads)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env=os.environ | environ
         )
         self._ask(None)
 
@@ -108,6 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", default=str(BUNDLED_DIRECTORY), help="a local model directory (default: the bundled one)")
     parser.add_argument("--threads", type=int, default=usable_threads(), help="of each side (default: what this process may use)")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side and load (default 7)")
+    parser.add_argument("--peer-env", action="append", default=[], metavar="NAME=VALUE", help="a variable for the peer alone")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another setting of the worker")
     add_common_flags(parser)
     given = parser.parse_args(list(arguments))
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str]) -> int:
     with Client(timeout_s=_TIMEOUT_MS / 1e3, stderr=subprocess.DEVNULL, **settings) as client:
         start_s = time.perf_counter() - begin
         begin = time.perf_counter()
-        with Peer(given.model, given.threads) as peer:
+        with Peer(given.model, given.threads, dict(item.split("=", 1) for item in given.peer_env)) as peer:
             peer_start_s = time.perf_counter() - begin
             texts = Texts(7)
             difference = _difference(client, peer, texts)

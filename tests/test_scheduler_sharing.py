@@ -105,7 +105,7 @@ def test_a_follower_is_scored_after_the_owners_engine_died(cancel: bool) -> None
         scheduler.drop(owner)
     assert scheduler.requeue(first) == []
     finished = scheduler.complete(second, result_of(second)) + run_dry(scheduler)
-    assert finished == ([follower] if cancel else [owner, follower])
+    assert set(finished) == ({follower} if cancel else {owner, follower})
     check_scores(follower)
     assert follower.shared == 0
     assert scheduler.waiting_jobs == 0

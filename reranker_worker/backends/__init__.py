@@ -49,7 +49,8 @@ class Pair(NamedTuple):
 class Tokens(NamedTuple):
     """A tokenized pair: `inputs` is the backend's own, `length` counts tokens after truncation, special ones included.
 
-    `truncated`: the document was cut (also at a bound in characters, beyond which nobody looks). `fits` is False when the query alone leaves no room for any document token
+    `truncated`: the document was cut (also at a bound in characters, beyond which nobody looks).
+    `fits` is False when the query alone leaves no room for any document token
     (the pair is then not scored; `inputs` may be None).
     """
 

@@ -159,7 +159,7 @@ class Fleet:
             engine.state, engine.info = "ready", frame["info"]
             self.ever_ready = True
             return Ready(engine.info)
-        elif event == "load_failed":
+        if event == "load_failed":
             engine.failure = (str(frame["error"]), int(frame["exit_code"]))
         elif event == "scored":
             return self._scored(engine, frame)

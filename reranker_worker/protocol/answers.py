@@ -66,8 +66,8 @@ def error_answer(refusal: Refusal, timestamp: float, retry_after_ms: int | None 
     return body
 
 
-def rerank_answer(request: Rerank, scores: Scores) -> dict[str, Any]:
-    """The answer to a `rerank` or `score` request."""
+def rerank_answer(request: Rerank, scores: Scores, _fallback_id: str = "") -> dict[str, Any]:
+    """The answer to a `rerank` or `score` request; unlike `v1_answer` it never makes up an id."""
     body: dict[str, Any] = {} if request.id is None else {"id": request.id}
     body |= {"scores": scores.values, "latency_ms": round(scores.latency_ms, 3), "num_documents": len(scores.values)}
     options = request.options

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 Id = str | int | None
 
 
-class Code(str, Enum):
+class Code(StrEnum):
     """The closed list of error codes (PROTOCOL section 4)."""
 
     INVALID_JSON = "INVALID_JSON"

@@ -157,13 +157,12 @@ def test_timeouts_of_many_requests_never_shift_an_answer(known):
         try:
             scores = host.rerank("q", documents)
         except KnownHostError as error:
-            assert "250 ms" in str(error)
-            outcomes.append("late")
+            outcomes.append(str(error))
         else:
             assert scores[1] == pytest.approx(fake_probability("q", f"{n}"))
             outcomes.append("scored")
         assert host.heartbeat()
-    assert {"late", "scored"} == set(outcomes)
+    assert set(outcomes) == {"scored", "The request was not scored within 250 ms."}
 
 
 # --- start and stop ------------------------------------------------------------------------------------------------------------

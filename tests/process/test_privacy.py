@@ -10,7 +10,7 @@ import pytest
 from host import Host, request
 
 MARKER = "zq7marker"
-HOSTILE = "\x1b[31mred\x1b[0m \r\n {\"level\":\"ERROR\"} \u2028\u2029\u0085 \x00\x07\x7f \U0001f600 \u202e"
+HOSTILE = '\x1b[31mred\x1b[0m \r\n {"level":"ERROR"} \u2028\u2029\u0085 \x00\x07\x7f \U0001f600 \u202e'
 
 
 def check_log(errors: bytes) -> list[dict]:
