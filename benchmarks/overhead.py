@@ -65,12 +65,13 @@ def main(arguments: Sequence[str]) -> int:
     cells = [item for tree in trees for item in _cells(tree, turns)]
     if given.against:
         cells += _ratios(turns)
-    stages = costs.stages(min(_COSTS_SECONDS, given.seconds))
+    stages = {shape.documents: costs.stages(min(_COSTS_SECONDS, given.seconds / 4), shape.documents) for shape in SHAPES}
     code = report("overhead", cells, given, {"microseconds_per_document": stages})
-    print("\nmicroseconds per document in requests of 100, both processes in one thread:")
-    print("\n".join(f"  {name:<34} {value:6.2f}" for name, value in stages.items()))
+    print(f"\nmicroseconds of CPU per document in requests of {', '.join(str(shape.documents) for shape in SHAPES)}, without pipes:")
+    for name in next(iter(stages.values())):
+        print(f"  {name:<38}" + "".join(f"{stages[shape.documents][name]:9.2f}" for shape in SHAPES))
     if given.profile:
-        print(costs.profile())
+        print("".join("\n" + costs.profile(shape.documents) for shape in SHAPES))
     return code
 
 

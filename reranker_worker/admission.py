@@ -42,14 +42,13 @@ class Admission:
 
     def _overloaded(self, request_id: Id, job: Job) -> tuple[Refusal | None, int | None]:
         config, scheduler = self._config, self._scheduler
-        excess = max(
-            (scheduler.waiting_pairs + job.num_pairs) / config.max_waiting_pairs,
-            (scheduler.waiting_bytes + job.num_bytes) / config.max_waiting_bytes,
-            (scheduler.waiting_jobs + 1) / config.max_waiting_requests,
+        excess = (
+            scheduler.waiting_pairs + job.num_pairs - config.max_waiting_pairs,
+            scheduler.waiting_bytes + job.num_bytes - config.max_waiting_bytes,
+            scheduler.waiting_jobs + 1 - config.max_waiting_requests,
         )
-        if excess <= 1 or not scheduler.waiting_jobs:
+        if max(excess) <= 0 or not scheduler.waiting_jobs:
             return None, None
-        # The time until so much of the queue is done that this request fits.
-        wait_ms = scheduler.estimate_ms(len(self._fleet.ready)) * min(1.0, 2 * (1 - 1 / excess) + 0.05)
+        wait_ms = scheduler.ms_until_free(*excess, len(self._fleet.ready))
         text = "Too much work is waiting (max_waiting_pairs, max_waiting_bytes or max_waiting_requests); try again later."
         return Refusal(request_id, Code.OVERLOADED, text), max(1, min(_MOST_RETRY_MS, round(wait_ms)))

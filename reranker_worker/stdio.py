@@ -347,6 +347,8 @@ class Loop:
     def _check_host(self, now: float) -> None:
         """Leave when the host is gone, or has read nothing for too long while too much waits for it."""
         writer = self._writer
+        if self._code is not None:
+            return
         if self._parent.gone():
             self._on_parent()
         elif writer.broken:

@@ -151,7 +151,7 @@ class Worker:
             waiting_bytes=scheduler.waiting_bytes,
             oldest_in_flight_ms=round((now - received) * 1e3, 3),
             engines=[engine.status(now) for engine in self.fleet.engines],
-            tokens_per_ms=scheduler.tokens_per_ms,
+            tokens_per_ms=scheduler.pace.tokens_per_ms,
             lost_log_lines=self.lost_log_lines,
         )
 
@@ -276,11 +276,11 @@ class Worker:
 
     def _on_ready(self, event: Ready, now: float) -> None:
         self.last_batch_good = True
-        self.scheduler.longest_tokens = int(event.info["max_length"])
+        self.scheduler.pace.longest_tokens = int(event.info["max_length"])
         if self.ready_body is not None:
             self._note("INFO", "an engine is back" if self.counters.engine_deaths else "another engine is ready")
             return
-        self.scheduler.assume_speed(float(event.info.get("tokens_per_ms", 1.0)))
+        self.scheduler.pace.assume(float(event.info.get("tokens_per_ms", 1.0)))
         self._desk.info = event.info
         self.ready_body = reports.ready(self.config, event.info, round((now - self.started_at) * 1e3), self.pid)
         self._outbox.put_hello(serialize(self.ready_body))

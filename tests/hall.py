@@ -120,7 +120,8 @@ class Hall:
         """Wait for the next start, and let it succeed."""
         starts = self.links[number].starts
         while self.links[number].starts == starts:
-            self.later(max(0.0, self.worker.next_wakeup() - self.now))
+            self.now = max(self.now, self.worker.next_wakeup())
+            self.worker.tick(self.now)
         self.ready(number)
 
     def later(self, seconds: float) -> None:

@@ -360,7 +360,7 @@ def _stream(kind: str | Path, *, writes: bool) -> tuple[int, int]:
         mine, theirs = socket.socketpair()
         return theirs.detach(), mine.detach()
     path = os.devnull if kind == "null" else kind
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if writes else os.O_RDONLY, 0o644), -1
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if writes else os.O_RDONLY | os.O_NOCTTY, 0o644), -1
 
 
 def _close(fd: int) -> int:

@@ -57,7 +57,7 @@ def test_estimated_tokens_stay_within_the_budget_unless_a_pair_is_alone(sizes: l
     while batch := scheduler.next_batch(0.0):
         count += batch.num_pairs
         assert batch.num_pairs <= most
-        assert batch.num_pairs == 1 or batch.estimated_tokens <= scheduler.tokens_per_ms * target_ms + 1
+        assert batch.num_pairs == 1 or batch.estimated_tokens <= scheduler.pace.tokens_per_ms * target_ms + 1
     assert count == sum(map(len, sizes))
 
 
@@ -236,13 +236,13 @@ def test_memory_for_deadlines_does_not_grow_with_finished_jobs() -> None:
 
 def test_the_speed_is_learned_and_bounds_the_next_batches() -> None:
     scheduler = make(10_000, 50)
-    scheduler.assume_speed(1000.0)
-    assert scheduler.tokens_per_ms == 1000.0
+    scheduler.pace.assume(1000.0)
+    assert scheduler.pace.tokens_per_ms == 1000.0
     for number in range(30):  # the engine does 10 tokens a millisecond
         scheduler.add(make_job(number, *texts(str(number), 400, 40)))
         while batch := scheduler.next_batch(0.0):
             scheduler.complete(batch, result_of(batch, tokens=10, ms=batch.num_pairs))
-    assert scheduler.tokens_per_ms == pytest.approx(10, rel=0.1)
+    assert scheduler.pace.tokens_per_ms == pytest.approx(10, rel=0.1)
     scheduler.add(make_job(99, *texts("x", 400, 40)))
     last = scheduler.next_batch(0.0)
     assert last is not None
@@ -251,18 +251,23 @@ def test_the_speed_is_learned_and_bounds_the_next_batches() -> None:
 
 def test_a_growing_speed_is_believed_step_by_step() -> None:
     scheduler = make()
-    scheduler.assume_speed(1.0)
+    scheduler.pace.assume(1.0)
     scheduler.add(make_job(1, "a"))
     run_dry(scheduler, ms=0.0, tokens=1_000_000)
-    assert scheduler.tokens_per_ms < 2.0
+    assert scheduler.pace.tokens_per_ms < 2.0
 
 
-def test_the_estimate_follows_the_waiting_work_and_the_engines() -> None:
+def test_the_time_until_there_is_room_follows_the_oldest_jobs_and_the_engines() -> None:
     scheduler = make()
-    scheduler.assume_speed(10.0)
-    assert scheduler.estimate_ms(1) == 0.0
-    scheduler.add(make_job(1, *texts("a", 100, 400)))
-    one = scheduler.estimate_ms(1)
-    assert one == pytest.approx(100 * 103 / 10, rel=0.1)
-    assert scheduler.estimate_ms(2) == pytest.approx(one / 2)
-    assert scheduler.estimate_ms(0) == one
+    scheduler.pace.assume(10.0)
+    assert scheduler.ms_until_free(1, 0, 0, 1) == 0.0
+    for number in (1, 2, 3):
+        scheduler.add(make_job(number, *texts("a", 10, 400)))
+    one = scheduler.ms_until_free(1, 0, 0, 1)
+    assert one > 0
+    assert scheduler.ms_until_free(0, 0, 1, 1) == one
+    assert scheduler.ms_until_free(1, 0, 0, 2) == pytest.approx(one / 2)
+    assert scheduler.ms_until_free(1, 0, 0, 0) == one
+    assert scheduler.ms_until_free(11, 0, 0, 1) == pytest.approx(2 * one)
+    assert scheduler.ms_until_free(0, 1, 0, 1) == one
+    assert scheduler.ms_until_free(10_000, 0, 0, 1) == pytest.approx(3 * one)

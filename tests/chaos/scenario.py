@@ -99,7 +99,8 @@ class Generator:
         if document_fault:
             steps.insert(rng.randint(0, len(steps)), self._document_fault(document_fault))
         if engine_fault:
-            steps.insert(rng.randint(1, len(steps)), Step(engine_fault, number=rng.randint(0, 9), gap_seconds=rng.random() * 0.03))
+            busy = [self.request() for _ in range(rng.randint(0, 8))]  # written right before, so that it is in flight
+            steps.insert(rng.randint(1, len(steps)), Step(engine_fault, busy, number=rng.randint(0, 9), gap_seconds=rng.random() * 0.03))
         self.faults |= {step.name for step in steps} - {"send"}
         end = rng.choice(ENDS) if rng.random() < 0.22 else "none"
         if end != "none":

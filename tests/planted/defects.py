@@ -32,6 +32,8 @@ _FRAMING = "reranker_worker/protocol/framing.py"
 _PARSING = "reranker_worker/protocol/parsing.py"
 _ANSWERS = "reranker_worker/protocol/answers.py"
 _WORKER = "reranker_worker/worker.py"
+_DESK = "reranker_worker/desk.py"
+_ADMISSION = "reranker_worker/admission.py"
 _SCHEDULER = "reranker_worker/scheduler.py"
 _ORDERING = "reranker_worker/ordering.py"
 _FLEET = "reranker_worker/engine/fleet.py"
@@ -61,14 +63,14 @@ DEFECTS = [
     Defect("pairs of another query join the first group", "parsing", _PARSING, "if not runs or runs[-1][0] != pair[0]:", "if not runs:", _transcript("05_")),
     Defect("a line that is cut off at the end of input is dropped", "parsing", _PARSING, "        for line in self._lines.finish():", "        for line in []:", _transcript("18_")),
     # --- admission
-    Defect("a duplicate id is admitted", "admission", _WORKER, "if request.id is not None and request.id in self._by_id:", "if False:", _transcript("02_")),
-    Defect("a draining worker admits", "admission", _WORKER, "        if self.draining:\n            return Refusal", "        if False:\n            return Refusal", _transcript("15_")),
-    Defect("the queue has no limit", "admission", _WORKER, "if excess > 1 and scheduler.waiting_jobs:", "if False:", _transcript("12_")),
+    Defect("a duplicate id is admitted", "admission", _DESK, "return request_id is not None and request_id in self._by_id", "return False", _transcript("02_")),
+    Defect("a draining worker admits", "admission", _WORKER, "        if self.draining:\n            self._desk.refuse", "        if False:\n            self._desk.refuse", _transcript("15_")),
+    Defect("the queue has no limit", "admission", _ADMISSION, "if excess <= 1 or not scheduler.waiting_jobs:", "if True:", _transcript("12_")),
     Defect("a poisoned request is tried again and again", "admission", _QUARANTINE, "return self._until.get(self._fingerprint(groups), 0.0) > now", "return False", _transcript("13_")),
     # --- ordering
     Defect("answers without id leave when they are done", "ordering", _ORDERING, "        return lines", "        return [line]", _transcript("03_")),
-    Defect("refused lines overtake", "ordering", _WORKER, "self._answer_error(message, self._place(message.id))", "self._answer_error(message, None)", _transcript("03_")),
-    Defect("a cancelled request is answered twice", "ordering", _WORKER, "            self._drop(target)\n            self._refuse(target, refusal)", "            self._refuse(target, refusal)", _transcript("09_")),
+    Defect("refused lines overtake", "ordering", _WORKER, "self._desk.error(message, self._desk.place(message.id))", "self._desk.error(message)", _transcript("03_")),
+    Defect("a cancelled request stays in the queue", "ordering", _WORKER, "        for job in jobs or ():\n            self.scheduler.drop(job)\n", "", _transcript("09_")),
     Defect("of equal scores the last comes first", "ordering", _ANSWERS, "(-item[1], item[0])", "(-item[1], -item[0])", _transcript("04_")),
     # --- scheduling
     Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", _transcript("02_")),
@@ -83,15 +85,18 @@ DEFECTS = [
     Defect("one death counts for each batch in flight", "supervision", _WORKER, "= self.scheduler.requeue(*event.batches)", "= [job for batch in event.batches for job in self.scheduler.requeue(batch)]", "chaos 150 1"),
     Defect("a hung engine is left alone", "supervision", _FLEET, 'self._kill(engine, "it hung while scoring")', "pass", _transcript("13_")),
     Defect("a restart storm is not noticed", "supervision", _RESTARTS, "return len(self._deaths) >= len(DELAYS_SECONDS)", "return False", _transcript("14_")),
-    Defect("a failed start is blamed on the engine", "supervision", _WORKER, "if self.fleet.ever_ready and self.fleet.unavailable(now) is not None:", "if self.fleet.unavailable(now) is not None:", _transcript("20_")),
+    Defect("a failed start does not say why", "supervision", _WORKER, "        self._desk.error(Refusal(None, Code.MODEL_LOAD_ERROR, event.error))\n", "", _transcript("20_")),
     # --- drain
     Defect("an incomplete drain exits with 0", "drain", _WORKER, "_DRAINED_INCOMPLETELY if self._left_something else _DRAINED", "_DRAINED", _transcript("16_")),
-    Defect("a drain gives up at once", "drain", _WORKER, "if self._tickets and now >= self._drain_until:", "if self._tickets:", _transcript("15_")),
+    Defect("a drain gives up at once", "drain", _WORKER, "if self._desk and now >= self._drain_until:", "if self._desk:", _transcript("15_")),
     Defect("shutdown is acknowledged and forgotten", "drain", _WORKER, '        if message.type == "shutdown":\n            self.drain(now)\n', "", _transcript("15_")),
     # --- scoring
     Defect("scores come in the order of the pass", "scoring", _SCORING, "for index, logit in zip(indices, logits, strict=True):", "for index, logit in zip(sorted(indices), logits, strict=True):", _transcript("04_")),
     Defect("a score that is no number leaves", "scoring", _SCORING, "if math.isfinite(logit):", "if True:", _transcript("13_")),
     Defect("half of a pass is lost when memory runs out", "scoring", _SCORING, "        self._pass(tokens, indices[middle:], outcome)\n", "", _transcript("13_")),
     Defect("the sigmoid is upside down", "scoring", _SCORING, "return power / (1.0 + power)", "return 1.0 / (1.0 + power)", _transcript("01_")),
+    # --- answers
+    Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),
+    Defect("a partial answer hides what it lacks", "answers", _ANSWERS, "if score is None]", "if score is None and False]", _transcript("10_")),
     Defect("answers are not ASCII", "answers", _ANSWERS, "if text.isascii():", "if True:", _transcript("04_")),
 ]

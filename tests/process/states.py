@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from host import Host, request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LOADING = ("--model", "load_ms=20000")
 STATES = ["loading", "idle", "scoring", "engine stopped", "draining"]

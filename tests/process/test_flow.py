@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 from host import Host, request
+from states import bring_to
 
 from reranker_worker.backends.fake import fake_probability
 
@@ -263,3 +266,24 @@ def test_a_cancelled_request_is_answered_once_and_frees_the_queue(spawn):
     begin = time.monotonic()
     expect_scores(host.ask(request(["a"], id=1)), ["a"])
     assert time.monotonic() - begin < 0.7, "the second that the rest would take is not spent"
+
+
+# --- nothing to do -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["idle", "loading", "scoring", "engine stopped", "stdin closed"])
+def test_a_worker_that_waits_does_not_spin(spawn, state):
+    host = bring_to(spawn, "scoring" if state == "stdin closed" else state)
+    if state == "stdin closed":
+        host.close_stdin()
+        host.logged("draining")
+    before = cpu_seconds(host.pid)
+    assert host.silent_for(0.6)
+    assert cpu_seconds(host.pid) - before < 0.2
+    host.torn_ok = True
+    host.signal(signal.SIGKILL)
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

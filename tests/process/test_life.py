@@ -57,6 +57,15 @@ def test_a_host_that_died_while_python_started_is_noticed(spawn, tmp_path):
     host.wait_exit(3)
 
 
+def test_without_a_descriptor_of_the_host_its_death_is_seen_by_the_changed_parent(spawn, tmp_path):
+    (tmp_path / "orjson.py").write_text(
+        "import os, sys\ndel os.pidfd_open\nsys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\nimport orjson\n"
+    )
+    host = bring_to(spawn, "idle", keeper=True, env={"PYTHONPATH": str(tmp_path)})
+    host.kill_keeper()
+    host.wait_exit(GONE_WITHIN)
+
+
 def test_a_worker_whose_host_is_the_first_process_of_a_container_serves(spawn):
     """There the parent is process 1 from the start: `getppid() == 1` is no sign of an orphan."""
     unshare = shutil.which("unshare")

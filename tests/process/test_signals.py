@@ -61,6 +61,16 @@ def test_an_interrupt_while_python_imports_changes_nothing(spawn, tmp_path):
     host.wait_ready()
 
 
+def test_an_interrupt_on_a_terminal_drains(spawn):
+    master, slave = os.openpty()
+    host = spawn(stdin=Path(os.ttyname(slave)))
+    host.wait_ready()
+    host.signal(signal.SIGINT)
+    assert host.wait_exit(3) == 0
+    os.close(master)
+    os.close(slave)
+
+
 @pytest.mark.parametrize("state", ["scoring", "engine stopped", "draining"])
 def test_a_second_sigterm_ends_the_worker_at_once_with_143(spawn, state):
     host = bring_to(spawn, state)
