@@ -12,38 +12,54 @@ if TYPE_CHECKING:
 USAGE_ERROR = 64
 INTERNAL_ERROR = 70
 COMMANDS = ("serve", "rerank", "check")
+HELP = frozenset({"-h", "--help", "--version"})
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code (sysexits.h; see README)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in ("rerank", "check"):
-        from reranker_worker import byhand
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "serve"
+    if command == "serve" and HELP.isdisjoint(arguments):
+        _serve(arguments)
+    if command not in COMMANDS:
+        sys.stderr.write(f"Unknown command {command!a}; known are {', '.join(COMMANDS)} (without one: serve).\n")
+        sys.exit(USAGE_ERROR)
+    if command == "serve":
+        _explain(arguments)
+    from reranker_worker import byhand
 
-        sys.exit(byhand.main(arguments[0], arguments[1:]))
-    _serve(arguments[1:] if arguments and arguments[0] == "serve" else arguments)
+    sys.exit(byhand.main(command, arguments))
+
+
+def _explain(arguments: list[str]) -> NoReturn:
+    """--help and --version: for people, so stdout stays theirs."""
+    from reranker_worker import __version__
+    from reranker_worker.config import load_config
+
+    if "--version" in arguments:
+        print(__version__)
+    else:
+        print(f"Commands: {', '.join(COMMANDS)} (python -m reranker_worker COMMAND --help). The flags of serve:\n")
+        load_config(["--help"], {})
+    sys.exit(0)
 
 
 def _serve(arguments: list[str]) -> NoReturn:
     """Serve until the host is done. Ends by `os._exit`: threads that a deaf host blocks must not hold the process."""
-    if not {"-h", "--help", "--version"} & set(arguments):
-        from reranker_worker import stdio
+    from reranker_worker.streams import claim, last_words, refuse_start
 
-        streams = stdio.claim()
-    from reranker_worker import __version__
-    from reranker_worker.config import ConfigError, load_config
-
-    if "--version" in arguments:
-        print(__version__)
-        sys.exit(0)
+    streams = claim()
     try:
-        config = load_config(arguments, os.environ)
-        code = stdio.serve(config, streams, os.environ)
-    except ConfigError as error:
-        stdio.refuse_start(streams, str(error))
-        code = USAGE_ERROR
+        from reranker_worker.config import ConfigError, load_config
+        from reranker_worker.stdio import serve
+
+        try:
+            code = serve(load_config(arguments, os.environ), streams, os.environ)
+        except ConfigError as error:
+            refuse_start(streams, str(error))
+            code = USAGE_ERROR
     except Exception as error:  # the process boundary: never a traceback with request text
-        stdio.last_words(f"internal error: {type(error).__name__} in {_where(error)}")
+        last_words(f"internal error: {type(error).__name__} in {_where(error)}")
         code = INTERNAL_ERROR
     os._exit(code)
 

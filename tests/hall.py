@@ -72,6 +72,7 @@ class Hall:
 
     def __init__(self, *, start: bool = True, engines: int = 1, **settings: Any) -> None:
         self.now = 100.0
+        self.kept: list[dict[str, Any]] = []  # lines that were taken while time passed
         self.links = [MemoryLink() for _ in range(engines)]
         config = Config(engines=engines, backend="fake", **settings)
         self.worker = Worker(config, self.links, now=self.now, wall_clock=lambda: WALL_CLOCK, pid=42)
@@ -120,6 +121,7 @@ class Hall:
         """Wait for the next start, and let it succeed."""
         starts = self.links[number].starts
         while self.links[number].starts == starts:
+            self.kept += self.take()
             self.now = max(self.now, self.worker.next_wakeup())
             self.worker.tick(self.now)
         self.ready(number)
@@ -134,6 +136,7 @@ class Hall:
         while (moment := self.worker.next_wakeup()) <= end:
             self.now = max(self.now, moment)
             self.worker.tick(self.now)
+            self.kept += self.take()
             if self.worker.next_wakeup() <= self.now:
                 break
         self.now = end
@@ -147,7 +150,8 @@ class Hall:
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines, waiting out the silence around `ready`."""
-        found = self.take()
+        found = self.kept + self.take()
+        self.kept = []
         while self.worker.has_lines:
             self.now += 0.001
             found += self.take()

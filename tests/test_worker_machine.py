@@ -179,6 +179,7 @@ class WorkerMachine(RuleBasedStateMachine):
         worker.drain(self.hall.now)
         for _ in range(1000):
             self.tick()
+            self.read()
             if worker.exit_code is not None:
                 break
             moment = worker.next_wakeup()

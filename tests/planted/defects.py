@@ -28,6 +28,7 @@ def _transcript(*numbers: str) -> str:
 
 _FUZZ = "tests/fuzz"
 _STDIO = "reranker_worker/stdio.py"
+_STREAMS = "reranker_worker/streams.py"
 _FRAMING = "reranker_worker/protocol/framing.py"
 _PARSING = "reranker_worker/protocol/parsing.py"
 _ANSWERS = "reranker_worker/protocol/answers.py"
@@ -44,13 +45,13 @@ _QUARANTINE = "reranker_worker/quarantine.py"
 
 DEFECTS = [
     # --- transport
-    Defect("a short write drops the rest of the line", "transport", _STDIO, "line = line[written:]", "line = line[len(line) :]", "tests/process/test_streams.py -k non_blocking"),
-    Defect("answers of one turn leave in reverse", "transport", _STDIO, "self._lines.extend(lines)", "self._lines.extend(reversed(lines))", _transcript("09_", "15_")),
-    Defect("stdout is not claimed", "transport", _STDIO, "    os.dup2(2, 1)\n", "", "tests/process/test_streams.py -k noise"),
+    Defect("a short write drops the rest of the line", "transport", _STREAMS, "line = line[written:]", "line = line[len(line) :]", "tests/process -k non_blocking"),
+    Defect("answers of one turn leave in reverse", "transport", _STREAMS, "self._lines.extend(lines)", "self._lines.extend(reversed(lines))", _transcript("09_", "15_")),
+    Defect("stdout is not claimed", "transport", _STREAMS, "    os.dup2(2, 1)\n", "", "tests/process -k noise"),
     Defect("end of input is not noticed", "transport", _STDIO, "self._worker.end_of_input(now)", "pass", _transcript("01_")),
     Defect("SIGTERM keeps its default", "transport", _STDIO, "(signal.SIGTERM, signal.SIGHUP):", "(signal.SIGHUP,):", _transcript("17_")),
-    Defect("the worker leaves before the last answers are written", "transport", _STDIO, "if self._writer.flush(_FLUSH_STEP_SECONDS):", "if True:", "tests/process/test_life.py -k last_answers"),
-    Defect("the host's death is not watched", "transport", _STDIO, "watch(self._parent.fd, select.POLLIN, self._on_parent)", "pass", "tests/process/test_life.py -k host_was_killed"),
+    Defect("the worker leaves before the last answers are written", "transport", _STDIO, "if self._writer.flush(_FLUSH_STEP_SECONDS):", "if True:", "tests/process -k last_answers"),
+    Defect("the host's death is not watched", "transport", _STDIO, "watch(self._parent.fd, select.POLLIN, self._on_parent)", "pass", "tests/process -k host_was_killed"),
     # --- framing
     Defect("an unfinished line is forgotten at a cut", "framing", _FRAMING, "        self._hold(rest)\n        return lines", "        return lines", "chaos 20 1"),
     Defect("an oversize line takes the next one with it", "framing", _FRAMING, "self._parts, self._held_bytes, self._oversize = [], 0, False", "self._parts, self._held_bytes = [], 0", _transcript("11_")),
@@ -65,7 +66,7 @@ DEFECTS = [
     # --- admission
     Defect("a duplicate id is admitted", "admission", _DESK, "return request_id is not None and request_id in self._by_id", "return False", _transcript("02_")),
     Defect("a draining worker admits", "admission", _WORKER, "        if self.draining:\n            self._desk.refuse", "        if False:\n            self._desk.refuse", _transcript("15_")),
-    Defect("the queue has no limit", "admission", _ADMISSION, "if excess <= 1 or not scheduler.waiting_jobs:", "if True:", _transcript("12_")),
+    Defect("the queue has no limit", "admission", _ADMISSION, "if max(excess) <= 0 or not scheduler.waiting_jobs:", "if True:", _transcript("12_")),
     Defect("a poisoned request is tried again and again", "admission", _QUARANTINE, "return self._until.get(self._fingerprint(groups), 0.0) > now", "return False", _transcript("13_")),
     # --- ordering
     Defect("answers without id leave when they are done", "ordering", _ORDERING, "        return lines", "        return [line]", _transcript("03_")),
