@@ -52,10 +52,12 @@ LOADS = (Load("a10", 1, 10, None), Load("a100", 1, 100, 1.0), Load("c16x8", 16, 
 
 @dataclass(slots=True)
 class Turns:
-    """Pairs per second of each side, turn by turn."""
+    """Pairs per second and CPU milliseconds per pair of each side, turn by turn."""
 
     ours: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)
+    ours_cpu_ms: list[float] = field(default_factory=list)
+    peer_cpu_ms: list[float] = field(default_factory=list)
 
 
 class Peer:
@@ -81,9 +83,9 @@ class Peer:
             self._process.wait()
 
     @property
-    def rss_bytes(self) -> int:
-        """Its resident memory."""
-        return processes.rss_bytes(self._process.pid) or 0
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def score(self, calls: Sequence[Call], *, raw: bool = False) -> tuple[float, list[list[float]]]:
         """(seconds, scores): the calls one after the other."""
@@ -123,14 +125,14 @@ def main(arguments: Sequence[str]) -> int:
             texts = Texts(7)
             difference = _difference(client, peer, texts)
             turns = _measure(client, peer, texts, given.rounds)
-            memory = [sum(processes.rss_bytes(pid) or 0 for pid in [client.pid, *processes.children(client.pid)]) / _MIB]
+            memory = [sum(processes.rss_bytes(pid) or 0 for pid in pids) / _MIB for pids in ([client.pid, *processes.children(client.pid)], [peer.pid])]
             cells = [item for load in LOADS for item in _cells(load, turns[load.name])]
             cells += [
                 cell("largest difference of a logit", "", [difference], at_most=_TOLERANCE),
                 cell("start, worker", "s", [start_s]),
                 cell("start, predict", "s", [peer_start_s]),
-                cell("resident, worker (both processes)", "MiB", memory),
-                cell("resident, predict", "MiB", [peer.rss_bytes / _MIB]),
+                cell("resident, worker (both processes)", "MiB", memory[:1]),
+                cell("resident, predict", "MiB", memory[1:]),
             ]
     code = report("throughput", cells, given)
     return code if difference <= _TOLERANCE else _DISAGREEMENT
@@ -149,15 +151,24 @@ def _difference(client: Client, peer: Peer, texts: Texts) -> float:
 
 def _measure(client: Client, peer: Peer, texts: Texts, rounds: int) -> dict[str, Turns]:
     turns: defaultdict[str, Turns] = defaultdict(Turns)
+    ours = [client.pid, *processes.children(client.pid)]
     for _ in range(rounds):
         for load in LOADS:
-            calls = _calls(load, texts)
+            calls, turn = _calls(load, texts), turns[load.name]
             pairs = load.requests * load.documents
             time.sleep(_REST_SECONDS)
-            turns[load.name].ours.append(pairs / _ours(client, calls))
+            before = _cpu_seconds(ours)
+            turn.ours.append(pairs / _ours(client, calls))
+            turn.ours_cpu_ms.append((_cpu_seconds(ours) - before) / pairs * 1e3)
             time.sleep(_REST_SECONDS)
-            turns[load.name].peer.append(pairs / peer.score(calls)[0])
+            before = _cpu_seconds([peer.pid])
+            turn.peer.append(pairs / peer.score(calls)[0])
+            turn.peer_cpu_ms.append((_cpu_seconds([peer.pid]) - before) / pairs * 1e3)
     return turns
+
+
+def _cpu_seconds(pids: Sequence[int]) -> float:
+    return sum(processes.cpu_seconds(pid) or 0.0 for pid in pids)
 
 
 def _ours(client: Client, calls: Sequence[Call]) -> float:
@@ -180,4 +191,6 @@ def _cells(load: Load, turns: Turns) -> list[Cell]:
         cell(f"{load.name} ({shape}), worker", "pairs/s", turns.ours),
         cell(f"{load.name} ({shape}), predict", "pairs/s", turns.peer),
         cell(f"{load.name} ({shape}), worker : predict", "x", ratios, at_least=load.goal),
+        cell(f"{load.name} ({shape}), CPU, worker", "ms/pair", turns.ours_cpu_ms),
+        cell(f"{load.name} ({shape}), CPU, predict", "ms/pair", turns.peer_cpu_ms),
     ]

@@ -79,6 +79,13 @@ class Job:
         """Sent pairs that must be sent again."""
         self._again.extend(pairs)
 
+    def note_times(self, batch: int, result: Result) -> None:
+        """Add a batch's times, once however many of its slices are this job's."""
+        if self.last_batch != batch:
+            self.last_batch = batch
+            self.tokenize_ms += result.tokenize_ms
+            self.inference_ms += result.inference_ms
+
     def store(self, start: int, result: Result, offset: int, size: int, truncated: set[int]) -> None:
         """Results offset..offset+size-1 are those of the pairs from `start` on."""
         self.logits[start : start + size] = result.logits[offset : offset + size]

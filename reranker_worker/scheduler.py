@@ -85,20 +85,14 @@ class Scheduler:
         offset = 0
         for item in batch.slices:
             size = item.stop - item.start
-            if item.job.done or (failures and not failures.keys().isdisjoint(range(offset, offset + size))):
-                followers = self._sharing.release(item)
-                if not item.job.done:
-                    first = next(pair for pair in range(offset, offset + size) if pair in failures)
-                    self._fail(item.job, failures[first], finished)
-            else:
-                followers = self._sharing.release(item)
+            failed = next((pair for pair in range(offset, offset + size) if pair in failures), None) if failures else None
+            if failed is not None:
+                self._fail(item.job, failures[failed], finished)
+            elif not item.job.done:
                 item.job.store(item.start, result, offset, size, truncated)
-                if item.job.last_batch != batch.number:
-                    item.job.last_batch = batch.number
-                    item.job.tokenize_ms += result.tokenize_ms
-                    item.job.inference_ms += result.inference_ms
+                item.job.note_times(batch.number, result)
                 self._settle(item.job, finished)
-            for position, job, index in followers:
+            for position, job, index in self._sharing.release(item):
                 self._follow(job, index, offset + position, result, failures, truncated, finished)
             offset += size
         return finished
@@ -171,15 +165,18 @@ class Scheduler:
         return bool(self._suspects) or bool(self._rotations)
 
     def ms_until_free(self, pairs: int, num_bytes: int, jobs: int, engines: int) -> float:
-        """About how long until the oldest jobs are done that hold so many pairs, bytes and places in the queue."""
-        wait_bytes = wait_pairs = 0
-        for job in self._open.values():
+        """About how long until so many pairs, bytes and places in the queue are free. A job frees its own when it is whole, and work
+        is taken in rounds: the one with the fewest pairs left is whole first, when each of the others has had as many."""
+        left = sorted(self._open.values(), key=lambda job: job.missing)
+        scored = before = 0
+        for position, job in enumerate(left):
+            scored += (job.missing - before) * (len(left) - position)
+            before = job.missing
+            pairs, num_bytes, jobs = pairs - job.num_pairs, num_bytes - job.num_bytes, jobs - 1
             if pairs <= 0 and num_bytes <= 0 and jobs <= 0:
                 break
-            pairs, num_bytes, jobs = pairs - job.num_pairs, num_bytes - job.num_bytes, jobs - 1
-            wait_pairs += job.missing
-            wait_bytes += job.num_bytes * job.missing // job.num_pairs
-        return self.pace.wait_ms(wait_bytes, wait_pairs, engines)
+        # Scores come a batch at a time.
+        return self.pace.wait_ms(self.waiting_bytes * scored // max(1, self.waiting_pairs), scored, engines) + self._batch_target_ms
 
     @property
     def _budget_tokens(self) -> float:

@@ -269,7 +269,7 @@ def test_whoever_retries_after_the_time_that_an_overload_names_is_admitted(jobs:
         hall.later(0.001 * len(hall.links[0].frames[0]["groups"][0][4]))
         hall.score()
     hall.lines()
-    hall.rerank(*map(str, range(100)), id="late")
+    hall.rerank(*map(str, range(300)), id="late")
     (line,) = [line for line in hall.lines() if line["id"] == "late"]
     assert line["code"] == "OVERLOADED"
     until = hall.now + line["retry_after_ms"] / 1e3
@@ -280,7 +280,7 @@ def test_whoever_retries_after_the_time_that_an_overload_names_is_admitted(jobs:
         hall.later(seconds)
         hall.score()
     hall.lines()
-    hall.rerank(*map(str, range(100)), id="again")
+    hall.rerank(*map(str, range(300)), id="again")
     assert hall.lines() == []
 
 

@@ -65,23 +65,33 @@ def run(copy: Path, catcher: str) -> Result:
     return Result(ended.returncode == _PYTEST_FAILED, time.monotonic() - begin, marks[0][:110] if marks else "")
 
 
-def _in_copy(catcher: str, defect: Defect | None) -> Result:
+def _in_copy(snapshot: Path, catcher: str, defect: Defect | None) -> Result:
     with tempfile.TemporaryDirectory(prefix="planted-") as directory:
         copy = Path(directory) / "copy"
-        shutil.copytree(ROOT, copy, ignore=_LEAVE_OUT)
+        shutil.copytree(snapshot, copy)
         if defect is not None:
             plant(copy, defect)
         return run(copy, catcher)
 
 
-def _healthy(catchers: Iterable[str], jobs: int) -> bool:
+def _healthy(snapshot: Path, catchers: Iterable[str], jobs: int) -> bool:
     names = sorted(set(catchers))
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda catcher: _in_copy(catcher, None), names))
+        results = list(pool.map(lambda catcher: _in_copy(snapshot, catcher, None), names))
     bad = [(catcher, result) for catcher, result in zip(names, results, strict=True) if result.noticed or result.detail]
     for catcher, result in bad:
         print(f"UNUSABLE {catcher}: fails without any defect: {result.detail}", flush=True)
     return not bad
+
+
+def _plant_all(snapshot: Path, defects: list[Defect], jobs: int) -> int:
+    caught = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for defect, result in zip(defects, pool.map(lambda defect: _in_copy(snapshot, defect.catcher, defect), defects), strict=True):
+            caught += result.noticed
+            verdict = "caught" if result.noticed else "MISSED"
+            print(f"{verdict}  {result.seconds:6.1f} s  {defect.area:<12} {defect.name:<58} {result.detail}", flush=True)
+    return caught
 
 
 def main() -> int:
@@ -92,13 +102,12 @@ def main() -> int:
     parser.add_argument("--skip-healthy", action="store_true", help="do not run the catchers on an unchanged copy first")
     options = parser.parse_args()
     defects = [defect for defect in DEFECTS if options.only in defect.name or options.only == defect.area]
-    healthy = options.skip_healthy or _healthy((defect.catcher for defect in defects), options.jobs)
-    caught = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for defect, result in zip(defects, pool.map(lambda defect: _in_copy(defect.catcher, defect), defects), strict=True):
-            caught += result.noticed
-            verdict = "caught" if result.noticed else "MISSED"
-            print(f"{verdict}  {result.seconds:6.1f} s  {defect.area:<12} {defect.name:<58} {result.detail}", flush=True)
+    # One snapshot for all: somebody may go on editing meanwhile.
+    with tempfile.TemporaryDirectory(prefix="planted-") as directory:
+        snapshot = Path(directory) / "snapshot"
+        shutil.copytree(ROOT, snapshot, ignore=_LEAVE_OUT)
+        healthy = options.skip_healthy or _healthy(snapshot, (defect.catcher for defect in defects), options.jobs)
+        caught = _plant_all(snapshot, defects, options.jobs)
     print(f"{caught} of {len(defects)} planted defects caught{'' if healthy else '; some catchers are UNUSABLE'}")
     return 0 if healthy and caught == len(defects) else 1
 

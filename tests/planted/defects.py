@@ -36,6 +36,7 @@ _WORKER = "reranker_worker/worker.py"
 _DESK = "reranker_worker/desk.py"
 _ADMISSION = "reranker_worker/admission.py"
 _SCHEDULER = "reranker_worker/scheduler.py"
+_SHARING = "reranker_worker/sharing.py"
 _ORDERING = "reranker_worker/ordering.py"
 _FLEET = "reranker_worker/engine/fleet.py"
 _RESTARTS = "reranker_worker/engine/restarts.py"
@@ -75,13 +76,13 @@ DEFECTS = [
     Defect("of equal scores the last comes first", "ordering", _ANSWERS, "(-item[1], item[0])", "(-item[1], -item[0])", _transcript("04_")),
     # --- scheduling
     Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", _transcript("02_")),
-    Defect("copies in flight are never told", "scheduling", _SCHEDULER, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
-    Defect("a copy is told the next pair's score", "scheduling", _SCHEDULER, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
+    Defect("copies in flight are never told", "scheduling", _SHARING, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
+    Defect("a copy is told the next pair's score", "scheduling", _SHARING, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
     Defect("scores shift by one slice", "scheduling", _SCHEDULER, "            offset += size\n", "", "chaos 20 1"),
     Defect("deadlines come a second late", "scheduling", _SCHEDULER, "and deadline <= now:", "and deadline <= now - 1:", _transcript("10_")),
     Defect("bytes of done requests stay counted", "scheduling", _SCHEDULER, "        self.waiting_bytes -= job.num_bytes\n", "", "chaos 5 1"),
     # --- supervision
-    Defect("one pair is not sent again after a crash", "supervision", _SCHEDULER, "item.job._again.extend(range(item.start, item.stop))", "item.job._again.extend(range(item.start + 1, item.stop))", _transcript("13_")),
+    Defect("one pair is not sent again after a crash", "supervision", _SCHEDULER, "item.job.take_back(range(item.start, item.stop))", "item.job.take_back(range(item.start + 1, item.stop))", _transcript("13_")),
     Defect("an innocent request is given up with the guilty one", "supervision", _SCHEDULER, "_MOST_CRASHES = 2", "_MOST_CRASHES = 1", _transcript("13_")),
     Defect("one death counts for each batch in flight", "supervision", _WORKER, "= self.scheduler.requeue(*event.batches)", "= [job for batch in event.batches for job in self.scheduler.requeue(batch)]", "chaos 150 1"),
     Defect("a hung engine is left alone", "supervision", _FLEET, 'self._kill(engine, "it hung while scoring")', "pass", _transcript("13_")),

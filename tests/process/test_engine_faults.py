@@ -262,6 +262,23 @@ def test_a_model_that_cannot_be_loaded_is_said_once_and_the_exit_code_tells_whet
     assert [answer["code"] for answer in answers[1:]] in ([], ["NOT_READY"]), "a request read before the failure is answered"
 
 
+def test_engines_that_fail_to_load_at_the_same_moment_are_one_failure(spawn):
+    host = spawn("--model", "fail=66", env={"RERANKING_ENGINES": "3"})
+    engines = host.wait_engines(3)
+    for pid in engines:
+        os.kill(pid, signal.SIGSTOP)
+    assert len(health(host)["engines"]) == 3
+    host.send(request(["a"], id=1))
+    host.signal(signal.SIGSTOP)  # so that the front sees all ends together
+    for pid in engines:
+        os.kill(pid, signal.SIGCONT)
+    host.until(lambda: not host.engine_pids(), 10, "the engines' ends")
+    host.signal(signal.SIGCONT)
+    assert host.wait_exit() == 66
+    assert [answer["code"] for answer in host.read_lines(2)] == ["MODEL_LOAD_ERROR", "NOT_READY"]
+    assert not host.has_line()
+
+
 def test_an_engine_that_dies_while_loading_is_started_again(spawn):
     host = spawn("--model", "load_ms=600")
     host.send(request(["a"], id=1))
