@@ -125,7 +125,8 @@ def main(arguments: Sequence[str]) -> int:
             texts = Texts(7)
             difference = _difference(client, peer, texts)
             turns = _measure(client, peer, texts, given.rounds)
-            memory = [sum(processes.rss_bytes(pid) or 0 for pid in pids) / _MIB for pids in ([client.pid, *processes.children(client.pid)], [peer.pid])]
+            sides = ([client.pid, *processes.children(client.pid)], [peer.pid])
+            memory = [sum(processes.rss_bytes(pid) or 0 for pid in side) / _MIB for side in sides]
             cells = [item for load in LOADS for item in _cells(load, turns[load.name])]
             cells += [
                 cell("largest difference of a logit", "", [difference], at_most=_TOLERANCE),

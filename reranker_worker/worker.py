@@ -320,6 +320,7 @@ class Worker:
         self._refuse_all(Code.NOT_READY, "The model could not be loaded.")
         self._note("ERROR", event.error)
         self.exit_code = event.exit_code
+        self.draining = True  # what still comes is refused
 
     # --- beginning and end ---------------------------------------------------------------------------------------------------
 

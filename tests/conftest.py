@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from host import Host
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # Loaded machines make any deadline a coin toss; in CI the same examples are tried each time.
-settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+# Explaining a failure takes longer than pytest's time-out allows.
+_PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("suite", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True, phases=_PHASES)
 settings.load_profile("suite")
 
 Spawn = Callable[..., Host]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scheduling import score_of
 
 from reranker_worker.config import Config
-from reranker_worker.engine.fleet import Engine
 from reranker_worker.worker import Worker
+
+if TYPE_CHECKING:
+    from reranker_worker.engine.fleet import Engine
 
 INFO: dict[str, Any] = {
     "model": "tiny",
@@ -52,7 +54,7 @@ class MemoryLink:
 
 def scored(frame: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """The good answer of an engine to a `score` frame."""
-    values = [score_of(query, document, length, tokens, instruction) for query, length, tokens, instruction, texts in frame["groups"] for document in texts]
+    values = [score_of(query, document, *options) for query, *options, documents in frame["groups"] for document in documents]
     answer = {
         "event": "scored",
         "batch": frame["batch"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reranker_worker.scheduler import Batch, Job, Result, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 def score_of(query: str, document: str, max_length: int = 0, document_tokens: int = 0, instruction: str = "") -> float:
@@ -56,9 +58,8 @@ def result_of(
 
 def check_scores(job: Job) -> None:
     """A finished job has the score of each of its pairs, in its own order, in every column."""
-    expected = [
-        score_of(query, document, job.max_length, job.max_document_tokens, job.instruction) for query, documents in job.groups for document in documents
-    ]
+    options = (job.max_length, job.max_document_tokens, job.instruction)
+    expected = [score_of(query, document, *options) for query, documents in job.groups for document in documents]
     assert job.logits == expected
     assert job.probabilities == [value + 1 for value in expected]
     assert job.model_scores == [value + 2 for value in expected]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import tty
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from reranker_worker.logs import Log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Reader:
@@ -28,10 +32,8 @@ class Reader:
             data += os.read(self.fd, 1 << 16)
         self.log.flush(10.0)
         os.set_blocking(self.fd, False)
-        try:
+        with contextlib.suppress(BlockingIOError):
             data += os.read(self.fd, 1 << 16)
-        except BlockingIOError:
-            pass
         os.set_blocking(self.fd, True)
         assert data.endswith(b"\n")
         lines = data[:-1].split(b"\n")
@@ -70,7 +72,10 @@ def test_only_records_of_the_level_and_above_are_written(reader: Reader) -> None
         reader.lines(expected)
 
 
-HOSTILE = ["\n", "\r\n", "\x1b[31m", "\0", "\u2028", "\x85", "😀", "\ud800", '"}\n{"level":"ERROR"', "\\", "\x7f", "x" * 100_000, "\x01" * 5000, "😀" * 5000]
+HOSTILE = [
+    "\n", "\r\n", "\x1b[31m", "\0", "\u2028", "\x85", "😀", "\ud800", '"}\n{"level":"ERROR"', "\\", "\x7f",
+    "x" * 100_000, "\x01" * 5000, "😀" * 5000,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -328,3 +328,11 @@ def test_readiness_follows_the_engine() -> None:
     hall.score()
     hall.lines()
     assert reason() is None
+
+
+def test_what_comes_after_the_load_was_given_up_is_refused_too() -> None:
+    hall = Hall(start=False, start_timeout_ms=1000)
+    hall.later(2)
+    hall.die(-9)
+    hall.rerank("a", id=1)
+    assert codes(hall.lines()) == ["MODEL_LOAD_ERROR", "SHUTTING_DOWN"]

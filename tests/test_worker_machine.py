@@ -37,7 +37,8 @@ class WorkerMachine(RuleBasedStateMachine):
     @rule(documents=DOCUMENTS, with_id=st.booleans(), partial=st.booleans(), wait=st.none() | st.integers(1, 4000), priority=st.integers(0, 1))
     def rerank(self, documents: list[str], with_id: bool, partial: bool, wait: int | None, priority: int) -> None:
         self.numbers += 1
-        request: dict[str, Any] = {"query": f"q{self.numbers % 2}", "documents": documents, "partial": partial, "timeout_ms": wait, "priority": priority}
+        request: dict[str, Any] = {"query": f"q{self.numbers % 2}", "documents": documents, "partial": partial}
+        request |= {"timeout_ms": wait, "priority": priority}
         if with_id:
             request["id"] = self.numbers
             self.by_id[self.numbers] = request

@@ -103,10 +103,16 @@ class _Engine:
 
     def _read(self) -> None:
         frames = FrameReader()
-        while data := os.read(self._requests_fd, _CHUNK_BYTES):
-            for frame in frames.feed(data):
-                self._incoming.put(frame)
-        os._exit(0)  # the front is gone; whatever the other threads do is for nobody
+        code = _INTERNAL_ERROR
+        try:
+            while data := os.read(self._requests_fd, _CHUNK_BYTES):
+                for frame in frames.feed(data):
+                    self._incoming.put(frame)
+            code = 0  # the front is gone; whatever the other threads do is for nobody
+        except BaseException as error:  # no memory, a broken frame: without this thread the engine would hang, deaf
+            _log(_place(error))
+        finally:
+            os._exit(code)
 
     def _tokenize(self, scorer: Scorer) -> None:
         try:

@@ -28,7 +28,8 @@ class Room:
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[Tokens]:
         self.pairs += pairs
-        return [Tokens(pair.document, min(len(pair.document), pair.max_length), len(pair.document) > pair.max_length, pair.query != "x") for pair in pairs]
+        sizes = [(len(pair.document), pair.max_length) for pair in pairs]
+        return [Tokens(pair.document, min(size, most), size > most, pair.query != "x") for pair, (size, most) in zip(pairs, sizes, strict=True)]
 
     def score(self, batch: Sequence[Tokens]) -> list[float]:
         documents = [tokens.inputs for tokens in batch]

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from host import Host, is_running, request
@@ -264,7 +265,10 @@ def test_a_model_that_cannot_be_loaded_is_said_once_and_the_exit_code_tells_whet
 
 def test_engines_that_fail_to_load_at_the_same_moment_are_one_failure(spawn):
     host = spawn("--model", "fail=66", env={"RERANKING_ENGINES": "3"})
-    engines = host.wait_engines(3)
+    host.until(
+        lambda: len([pid for pid in host.engine_pids() if b"engine.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]) == 3, 10, "three engines"
+    )
+    engines = host.engine_pids()
     for pid in engines:
         os.kill(pid, signal.SIGSTOP)
     assert len(health(host)["engines"]) == 3

@@ -45,8 +45,10 @@ RERANK: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "documents back": (
         rerank_answer(rerank(return_documents=True), scores(*PAIR)),
-        '{"scores":[0.25,0.75],"latency_ms":1.235,"num_documents":2,'
-        '"results":[{"index":1,"score":0.75,"document":"b"},{"index":0,"score":0.25,"document":"a"}]}',
+        (
+            '{"scores":[0.25,0.75],"latency_ms":1.235,"num_documents":2,'
+            '"results":[{"index":1,"score":0.75,"document":"b"},{"index":0,"score":0.25,"document":"a"}]}'
+        ),
     ),
     "document ids": (
         rerank_answer(with_ids(0, None, top_k=2), scores(*PAIR)),
@@ -54,8 +56,10 @@ RERANK: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "documents of pairs": (
         rerank_answer(PAIRS, scores(0.1, 0.2, 0.3)),
-        '{"id":0,"scores":[0.1,0.2,0.3],"latency_ms":1.235,"num_documents":3,'
-        '"results":[{"index":2,"score":0.3,"document":"c"},{"index":1,"score":0.2,"document":"b"}]}',
+        (
+            '{"id":0,"scores":[0.1,0.2,0.3],"latency_ms":1.235,"num_documents":3,'
+            '"results":[{"index":2,"score":0.3,"document":"c"},{"index":1,"score":0.2,"document":"b"}]}'
+        ),
     ),
     "truncated": (
         rerank_answer(rerank(), scores(*PAIR, truncated=[1])),
@@ -67,18 +71,24 @@ RERANK: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "details": (
         rerank_answer(rerank(details=True), DETAILS),
-        '{"scores":[0.25,0.75],"latency_ms":1.0,"num_documents":2,"model":"m","score_kind":"probability",'
-        '"timings":{"queue_ms":1.0,"tokenize_ms":2.0,"inference_ms":3.0},"usage":{"total_tokens":9},"shared":1}',
+        (
+            '{"scores":[0.25,0.75],"latency_ms":1.0,"num_documents":2,"model":"m","score_kind":"probability",'
+            '"timings":{"queue_ms":1.0,"tokenize_ms":2.0,"inference_ms":3.0},"usage":{"total_tokens":9},"shared":1}'
+        ),
     ),
     "v1": (
         v1_answer(Rerank(None, "v1/rerank", (Group("q", ("a", "b")),), None, Options()), DETAILS, "f"),
-        '{"id":"f","model":"m","results":[{"index":1,"relevance_score":0.75},{"index":0,"relevance_score":0.25}],'
-        '"usage":{"total_tokens":9},"meta":{"api_version":{"version":"1.0.0"}}}',
+        (
+            '{"id":"f","model":"m","results":[{"index":1,"relevance_score":0.75},{"index":0,"relevance_score":0.25}],'
+            '"usage":{"total_tokens":9},"meta":{"api_version":{"version":"1.0.0"}}}'
+        ),
     ),
     "v1 with everything": (
         v1_answer(Rerank(0, "v1/rerank", (Group("q", ("a", "b")),), None, Options(top_k=1, return_documents=True)), DETAILS, "f"),
-        '{"id":0,"model":"m","results":[{"index":1,"relevance_score":0.75,"document":{"text":"b"}}],'
-        '"usage":{"total_tokens":9},"meta":{"api_version":{"version":"1.0.0"}}}',
+        (
+            '{"id":0,"model":"m","results":[{"index":1,"relevance_score":0.75,"document":{"text":"b"}}],'
+            '"usage":{"total_tokens":9},"meta":{"api_version":{"version":"1.0.0"}}}'
+        ),
     ),
     "error": (
         error_answer(Refusal(None, Code.INVALID_JSON, "No."), 12.34567),

@@ -1,0 +1,153 @@
+"""The engines' book-keeping, without a worker: who is ready, what each owes, when each is woken. (What a host sees: test_worker_engines.)"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hall import MemoryLink, scored
+from scheduling import make_job
+
+from reranker_worker.config import Config
+from reranker_worker.engine.fleet import Fleet, LoadFailed, Loading, Lost, Ready, Scored
+from reranker_worker.scheduler import Batch, Scheduler
+
+INFO = {"max_length": 512}
+
+
+def make(engines: int = 1, *, ready: bool = True, **settings: int) -> tuple[Fleet, list[MemoryLink]]:
+    links = [MemoryLink() for _ in range(engines)]
+    fleet = Fleet(Config(**settings), links)
+    fleet.tick(0.0)
+    if ready:
+        for engine in fleet.engines:
+            assert fleet.on_frame(engine, {"event": "ready", "info": INFO}, 0.0) == Ready(INFO)
+    return fleet, links
+
+
+def batches(*documents: str, deadline: float = 10.0) -> list[Batch]:
+    """One batch for each document."""
+    scheduler = Scheduler(max_batch_pairs=1, batch_target_ms=1e9)
+    scheduler.add(make_job(1, *documents, deadline=deadline))
+    made = []
+    while batch := scheduler.next_batch(0.0):
+        made.append(batch)
+    return made
+
+
+def test_an_engine_starts_at_the_first_tick_and_is_ready_when_it_says_so() -> None:
+    fleet, links = make(2, ready=False)
+    assert [link.starts for link in links] == [1, 1]
+    assert fleet.ready == []
+    assert not fleet.ever_ready
+    assert fleet.unavailable(0.0) is None
+    fleet.on_frame(fleet.engines[1], {"event": "ready", "info": INFO}, 1.0)
+    assert fleet.ready == [fleet.engines[1]]
+    assert fleet.ever_ready
+
+
+def test_loading_is_told_and_counts_as_progress() -> None:
+    fleet, _ = make(ready=False, start_timeout_ms=1000)
+    assert fleet.on_frame(fleet.engines[0], {"event": "loading", "stage": "download", "done": 1, "total": 2}, 0.9) == Loading("download", 1, 2)
+    assert fleet.next_wakeup() == pytest.approx(1.9)
+    status = fleet.engines[0].status(1.4)
+    assert (status.state, status.stage, status.progress_ms, status.starts) == ("loading", "download", 500.0, 1)
+
+
+def test_the_least_busy_engine_comes_first_and_two_batches_fill_one() -> None:
+    fleet, links = make(2)
+    first, second, third = batches("a", "b", "c")
+    fleet.send(fleet.engines[0], first, 0.0)
+    assert fleet.ready == [fleet.engines[1], fleet.engines[0]]
+    fleet.send(fleet.engines[0], second, 0.0)
+    assert not fleet.engines[0].has_room
+    assert fleet.engines[1].has_room
+    fleet.send(fleet.engines[1], third, 0.0)
+    assert [[frame["batch"] for frame in link.frames] for link in links] == [[first.number, second.number], [third.number]]
+
+
+def test_nothing_is_sent_beside_a_batch_that_is_tried_alone() -> None:
+    fleet, _ = make()
+    (batch,) = batches("a")
+    batch.alone = True
+    fleet.send(fleet.engines[0], batch, 0.0)
+    assert not fleet.engines[0].has_room
+
+
+def test_a_scored_batch_is_handed_back_once_with_its_result() -> None:
+    fleet, links = make()
+    (batch,) = batches("a")
+    fleet.send(fleet.engines[0], batch, 0.0)
+    frame = scored(links[0].frames[0], truncated=[0])
+    event = fleet.on_frame(fleet.engines[0], frame, 1.0)
+    assert isinstance(event, Scored)
+    assert event.batch is batch
+    assert (event.result.logits, event.result.truncated, event.result.tokens) == (frame["logits"], [0], [10])
+    assert fleet.engines[0].status(1.0).in_flight_batches == 0
+    assert fleet.on_frame(fleet.engines[0], frame, 1.0) is None
+    assert not links[0].alive
+
+
+def test_a_death_hands_back_everything_that_was_in_flight() -> None:
+    fleet, _ = make()
+    owed = batches("a", "b")
+    for batch in owed:
+        fleet.send(fleet.engines[0], batch, 0.0)
+    assert fleet.on_death(fleet.engines[0], -9, 1.0) == [Lost(owed, "it was killed by SIGKILL")]
+    assert fleet.engines[0].in_flight == {}
+    assert fleet.ready == []
+
+
+@pytest.mark.parametrize(("code", "words"), [(-11, "killed by SIGSEGV"), (-99, "killed by signal 99"), (0, "with code 0"), (70, "with code 70")])
+def test_the_reason_of_a_death_is_named(code: int, words: str) -> None:
+    fleet, _ = make()
+    (lost,) = fleet.on_death(fleet.engines[0], code, 1.0)
+    assert isinstance(lost, Lost)
+    assert words in lost.reason
+
+
+def test_a_hang_is_seen_at_the_deadline_plus_grace_and_the_kill_is_asked_for_once() -> None:
+    fleet, links = make()
+    (batch,) = batches("a", deadline=10.0)
+    fleet.send(fleet.engines[0], batch, 5.0)
+    wakeup = fleet.next_wakeup()
+    assert wakeup == pytest.approx(11.0, abs=0.5)
+    fleet.tick(wakeup - 0.01)
+    assert links[0].alive
+    fleet.tick(wakeup)
+    assert not links[0].alive
+    assert fleet.next_wakeup() == math.inf
+    (lost,) = fleet.on_death(fleet.engines[0], -9, wakeup)
+    assert isinstance(lost, Lost)
+    assert "hung" in lost.reason
+
+
+def test_an_engine_known_to_be_slow_is_given_longer() -> None:
+    fleet, links = make()
+    first, second = batches("a", "b", deadline=1.0)
+    fleet.send(fleet.engines[0], first, 0.0)
+    fleet.on_frame(fleet.engines[0], scored(links[0].frames.pop()), 3.0)
+    fleet.send(fleet.engines[0], second, 3.0)
+    assert fleet.next_wakeup() == pytest.approx(3.0 + 4 * 3.0)
+
+
+def test_garbage_kills_the_engine() -> None:
+    fleet, links = make()
+    fleet.on_garbage(fleet.engines[0])
+    assert not links[0].alive
+
+
+def test_a_failed_load_is_told_before_its_consequences() -> None:
+    fleet, _ = make(ready=False)
+    fleet.on_frame(fleet.engines[0], {"event": "load_failed", "error": "No model.", "exit_code": 66}, 1.0)
+    events = fleet.on_death(fleet.engines[0], 66, 1.0)
+    assert events[0] == LoadFailed("No model.", 66)
+    assert fleet.unavailable(1.0) == math.inf
+    assert fleet.next_wakeup() == math.inf
+
+
+def test_at_exit_every_running_engine_is_killed() -> None:
+    fleet, links = make(2)
+    fleet.on_death(fleet.engines[0], -9, 0.0)
+    fleet.kill_all()
+    assert [link.alive for link in links] == [True, False]  # the first is dead already, and its link is not touched
