@@ -119,7 +119,10 @@ class _Engine:
             while True:
                 self._prepared.put(scorer.prepare(self._incoming.get()))
         except BaseException as error:  # handed to the main thread, which ends the process
-            self._prepared.put(error)
+            try:
+                self._prepared.put(error)
+            except MemoryError:  # not even that: the main thread would wait for ever
+                os._exit(_INTERNAL_ERROR)
 
     def _load(self, config: Config) -> Backend:
         begin = time.monotonic()
