@@ -44,6 +44,15 @@ def test_an_expired_request_is_not_sent_to_an_engine() -> None:
     assert [line.get("code", line.get("type", "scored")) for line in hall.lines()] == ["ready", "DEADLINE_EXCEEDED", "scored"]
 
 
+def test_an_expired_request_is_not_sent_again_when_its_engine_dies() -> None:
+    hall = Hall(engines=2)
+    hall.rerank("a", timeout_ms=100)
+    hall.now += 0.2
+    hall.die(number=0)
+    assert hall.in_flight(1) == []
+    assert hall.line()["code"] == "DEADLINE_EXCEEDED"
+
+
 def test_what_is_left_of_an_expired_request_is_not_sent_after_its_first_batch() -> None:
     hall = Hall(max_batch_pairs=1)
     hall.rerank("a", "b", "c", timeout_ms=100)

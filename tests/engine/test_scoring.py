@@ -126,6 +126,14 @@ def test_a_query_without_room_fails_its_pairs_and_never_meets_the_model() -> Non
     assert room.passes == []
 
 
+def test_scores_stay_in_place_beside_pairs_without_room() -> None:
+    scorer = Scorer(Room(), Config(), lambda line: None)
+    groups = [["x", 0, 0, "", ["a", "bb"]], ["q", 0, 0, "", ["c", "dddd"]], ["x", 0, 0, "", ["e"]], ["q", 0, 0, "", ["ff"]]]
+    frame = scorer.score(scorer.prepare({"batch": 1, "groups": groups}), lambda batch: None)
+    assert frame["logits"] == [None, None, logit("c"), logit("dddd"), None, logit("ff")]
+    assert [index for index, *_ in frame["failures"]] == [0, 1, 4]
+
+
 @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
 def test_a_score_that_is_not_finite_fails_its_pair_alone(bad: str) -> None:
     frame = score(Room(), "a", bad, "b")

@@ -186,6 +186,16 @@ def test_no_error_ever_holds_text_of_the_request(body: dict[str, Any], cut: int)
             assert sentence.isascii()
 
 
+@pytest.mark.parametrize("end", [b"}", b",", b"\xff", b'"', b" x", b"[" * 20])
+@pytest.mark.parametrize("name", ["id", "type", "query", "documents", "pairs", "requests", "target", "top_k", "priority", "log_level", "normalize"])
+@pytest.mark.parametrize("value", [SECRET, SECRET * 40, [SECRET], {SECRET: SECRET}, [[SECRET]], [{SECRET: 1}], [{"text": "a", "id": [SECRET]}]])
+def test_no_value_in_any_field_is_quoted(name: str, value: Any, end: bytes) -> None:
+    for kind in ("rerank", "score", "batch", "v1/rerank", "cancel", "configure"):
+        data = line(**{"type": kind, "query": "q", "documents": [], "pairs": [], "requests": [], "target": 1} | {name: value})
+        for message in (parse(data), parse(data + end), parse(line(type="batch", requests=[value]))):
+            assert not any(SECRET in sentence for sentence in sentences(message))
+
+
 @given(st.binary(max_size=300))
 def test_no_bytes_make_the_decoder_raise(data: bytes) -> None:
     decoder = Decoder(LIMITS)
