@@ -139,9 +139,9 @@ class Desk:
         columns = {"logit": job.logits, "probability": job.probabilities, "model": job.model_scores or [None] * job.num_pairs}
         dispatched_at = now if job.dispatched_at is None else job.dispatched_at
         scores = Scores(
-            values=columns[scale],
+            values=job.in_input_order(columns[scale]),
             latency_ms=latency_ms,
-            truncated=job.truncated,
+            truncated=job.truncated if job.order is None else sorted(job.order[pair] for pair in job.truncated),
             total_tokens=job.total_tokens,
             timings=(max(0.0, (dispatched_at - ticket.received_at) * 1e3), job.tokenize_ms, job.inference_ms),
             model=str(self.info.get("model", self._config.model)),

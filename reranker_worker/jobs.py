@@ -10,6 +10,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from reranker_worker.protocol import Group
+
+
+def in_input_order(groups: Sequence[Group]) -> tuple[list[tuple[str, Sequence[str]]], None]:
+    """A request's groups as they stand."""
+    return [(group.query, group.documents) for group in groups], None
+
+
+def longest_first(groups: Sequence[Group]) -> tuple[list[tuple[str, Sequence[str]]], list[int]]:
+    """A request's groups with each one's documents by falling length, and where each pair stood."""
+    sorted_groups: list[tuple[str, Sequence[str]]] = []
+    order: list[int] = []
+    for group in groups:
+        base = len(order)
+        lengths = list(map(len, group.documents))
+        places = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        sorted_groups.append((group.query, [group.documents[place] for place in places]))
+        order += [base + place for place in places]
+    return sorted_groups, order
+
 
 @dataclass(slots=True, eq=False)
 class Job:
@@ -22,6 +42,7 @@ class Job:
     max_length: int = 0
     max_document_tokens: int = 0
     instruction: str = ""
+    order: Sequence[int] | None = None  # where each pair stood in the request; None: where it stands here
     num_pairs: int = field(init=False)
     num_bytes: int = field(init=False)
     logits: list[float | None] = field(init=False)
@@ -51,6 +72,15 @@ class Job:
     def unsent(self) -> int:
         """Pairs that wait to be sent."""
         return len(self._again) + self.num_pairs - self._cursor
+
+    def in_input_order(self, column: Sequence[float | None]) -> Sequence[float | None]:
+        """A column of results in the order of the request."""
+        if self.order is None:
+            return column
+        values: list[float | None] = [None] * len(column)
+        for place, value in zip(self.order, column, strict=True):
+            values[place] = value
+        return values
 
     def next_run(self, most: int) -> tuple[int, int, Sequence[str]]:
         """The next neighbouring unsent pairs, at most `most`, all of one group: (group, first pair, documents)."""

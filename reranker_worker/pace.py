@@ -21,17 +21,22 @@ _STR_OVERHEAD_BYTES = sys.getsizeof("")
 
 
 class Pace:
-    """Estimates in tokens and milliseconds. `longest_tokens` is the model's max_length."""
+    """Estimates in tokens and milliseconds. `longest_tokens` is the model's max_length, `pass_tokens` what one forward pass holds."""
 
     def __init__(self) -> None:
         self.tokens_per_ms = _TOKENS_PER_MS
         self.tokens_per_pair = _TOKENS_PER_PAIR
         self.longest_tokens = _LONG_TOKENS
+        self.pass_tokens = 0
         self._tokens_per_char = 1.0 / _CHARS_PER_TOKEN
 
     def assume(self, tokens_per_ms: float) -> None:
         """Start from a speed that an engine measured, before any batch was scored."""
         self.tokens_per_ms = max(0.1, tokens_per_ms)
+
+    def budget_tokens(self, target_ms: float) -> float:
+        """Tokens of a batch that takes about `target_ms`, but at least one full pass: on a slow machine less would only cost more."""
+        return max(1.0, self.tokens_per_ms * target_ms, self.pass_tokens)
 
     def affordable(self, job: Job, group: int, run: Sequence[str], budget: float, *, force: bool) -> tuple[float, int]:
         """(estimated tokens, number) of the leading documents that fit the budget."""

@@ -61,7 +61,7 @@ class Scheduler:
         if self._suspects:
             return self._suspect_batch(now) if idle else None
         limit = min(self._max_batch_pairs, max_pairs or self._max_batch_pairs)
-        budget = self._budget_tokens
+        budget = self.pace.budget_tokens(self._batch_target_ms)
         slices: list[Slice] = []
         tokens = 0.0
         for job in self._round():
@@ -178,10 +178,6 @@ class Scheduler:
         # Scores come a batch at a time.
         return self.pace.wait_ms(self.waiting_bytes * scored // max(1, self.waiting_pairs), scored, engines) + self._batch_target_ms
 
-    @property
-    def _budget_tokens(self) -> float:
-        return max(1.0, self.pace.tokens_per_ms * self._batch_target_ms)
-
     def _round(self) -> Iterator[Job]:
         """Jobs with unsent pairs: best priority first, in turn within one. The caller moves each to the end after its turn."""
         for priority in sorted(self._rotations):
@@ -200,7 +196,7 @@ class Scheduler:
             if job.done or not job.unsent:
                 self._suspects.popleft()
                 continue
-            slices, _, tokens = self._take(job, self._max_batch_pairs, self._budget_tokens, now, force=True)
+            slices, _, tokens = self._take(job, self._max_batch_pairs, self.pace.budget_tokens(self._batch_target_ms), now, force=True)
             if slices:
                 return self._batch(slices, tokens, alone=True)
         return self.next_batch(now)

@@ -12,6 +12,7 @@ from reranker_worker import reports
 from reranker_worker.admission import POISONED, SHUTTING_DOWN, Admission
 from reranker_worker.desk import Desk, Many, Ticket
 from reranker_worker.engine.fleet import Engine, Event, Fleet, LoadFailed, Loading, Lost, Ready, Scored
+from reranker_worker.jobs import Job, in_input_order, longest_first
 from reranker_worker.metrics import Counters
 from reranker_worker.outbox import Outbox
 from reranker_worker.protocol import (
@@ -29,7 +30,7 @@ from reranker_worker.protocol import (
     serialize,
 )
 from reranker_worker.quarantine import Quarantine
-from reranker_worker.scheduler import Job, Scheduler
+from reranker_worker.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -201,9 +202,12 @@ class Worker:
         """Put a request into the queue, or answer why not."""
         request, options = ticket.request, ticket.request.options
         self._numbers += 1
+        # Pairs of like length waste little on padding; a partial answer is better made of the documents that the host put first.
+        groups, order = (in_input_order if options.partial else longest_first)(request.groups)
         job = Job(
             number=self._numbers,
-            groups=[(group.query, group.documents) for group in request.groups],
+            groups=groups,
+            order=order,
             deadline=ticket.received_at + (options.timeout_ms or self.config.request_timeout_ms) / 1e3,
             priority=options.priority,
             max_length=options.max_length,
@@ -277,6 +281,7 @@ class Worker:
     def _on_ready(self, event: Ready, now: float) -> None:
         self.last_batch_good = True
         self.scheduler.pace.longest_tokens = int(event.info["max_length"])
+        self.scheduler.pace.pass_tokens = int(event.info["max_pass_tokens"])
         if self.ready_body is not None:
             self._note("INFO", "an engine is back" if self.counters.engine_deaths else "another engine is ready")
             return
