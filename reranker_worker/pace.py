@@ -38,8 +38,13 @@ class Pace:
         """Tokens of a batch that takes about `target_ms`, but at least one full pass: on a slow machine less would only cost more."""
         return max(1.0, self.tokens_per_ms * target_ms, self.pass_tokens)
 
+    def next_tokens(self, job: Job) -> float:
+        """Estimated tokens of a job's next pair; it must have one."""
+        group, _, run = job.next_run(1)
+        return self.affordable(job, group, run, 0.0, force=True)[0]
+
     def affordable(self, job: Job, group: int, run: Sequence[str], budget: float, *, force: bool) -> tuple[float, int]:
-        """(estimated tokens, number) of the leading documents that fit the budget."""
+        """(estimated tokens, number) of the leading documents that fit the budget; at least one with `force`."""
         longest = job.max_length or self.longest_tokens
         fixed = len(job.groups[group][0]) * self._tokens_per_char + _SPECIAL_TOKENS
         total = 0.0

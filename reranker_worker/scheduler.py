@@ -16,10 +16,14 @@ from reranker_worker.pace import Pace
 from reranker_worker.sharing import Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 # Few pairs of every job in each round: below this the per-job overhead outweighs fairness.
 _LEAST_SHARE_PAIRS = 8
+# Below so many passes in a batch it matters which pairs meet in one.
+_FEW_PASSES = 4
+_ROOM_FOR_PADDING = 0.9
+_LIKE_LENGTH = 1.25
 _MOST_CRASHES = 2
 
 __all__ = ["Batch", "Job", "Result", "Scheduler", "Slice"]
@@ -62,6 +66,8 @@ class Scheduler:
             return self._suspect_batch(now) if idle else None
         limit = min(self._max_batch_pairs, max_pairs or self._max_batch_pairs)
         budget = self.pace.budget_tokens(self._batch_target_ms)
+        if budget < _FEW_PASSES * self.pace.pass_tokens:
+            return self._narrow_batch(now, limit, _ROOM_FOR_PADDING * budget)
         slices: list[Slice] = []
         tokens = 0.0
         for job in self._round():
@@ -204,6 +210,53 @@ class Scheduler:
     def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False) -> Batch:
         self._batch_number += 1
         return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone)
+
+    def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
+        """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.
+
+        The job whose turn it is says which length; half of the room goes to the first job that has had none yet.
+        """
+        jobs = self._waiting_jobs()
+        if not jobs:
+            return None
+        head = jobs[0]
+        self._rotations[head.priority].rotate(-1)
+        others_first = head.dispatched_at is not None and any(job.dispatched_at is None for job in jobs)
+        slices, count, tokens = self._window(head, jobs, limit, budget / 2 if others_first else budget, now)
+        waiting = [job for job in jobs if job.unsent]
+        if waiting and count < limit and tokens < budget:
+            fresh = (job for job in waiting if job.dispatched_at is None and job.priority == head.priority)
+            anchor = next(fresh, head if head.unsent else waiting[0])
+            more, _, cost = self._window(anchor, waiting, limit - count, budget - tokens, now)
+            slices, tokens = slices + more, tokens + cost
+        return self._batch(slices, tokens) if slices else self._narrow_batch(now, limit, budget)
+
+    def _window(self, anchor: Job, jobs: Sequence[Job], limit: int, budget: float, now: float) -> tuple[list[Slice], int, float]:
+        """The anchor's next pair and then, of all jobs' next pairs, always the longest that is not much longer: slices, pairs, tokens."""
+        longest = self.pace.next_tokens(anchor) * _LIKE_LENGTH
+        slices, count, tokens = self._take(anchor, 1, budget, now, force=True)
+        queue = [(-self.pace.next_tokens(job), place, job) for place, job in enumerate(jobs) if job.unsent]
+        queue = [item for item in queue if -item[0] <= longest]
+        heapq.heapify(queue)
+        while queue and count < limit and tokens < budget:
+            _, place, job = heapq.heappop(queue)
+            taken, size, cost = self._take(job, 1, budget, now, force=True)
+            slices, count, tokens = slices + taken, count + size, tokens + cost
+            if job.unsent:
+                heapq.heappush(queue, (-self.pace.next_tokens(job), place, job))
+        return slices, count, tokens
+
+    def _waiting_jobs(self) -> list[Job]:
+        """Jobs with unsent pairs, best priority first, in turn within one."""
+        jobs: list[Job] = []
+        for priority in sorted(self._rotations):
+            waiting = [job for job in self._rotations[priority] if job.unsent and not job.done]
+            jobs += waiting
+            if waiting:
+                self._rotations[priority] = deque(waiting)
+            else:
+                del self._rotations[priority]
+        return jobs
 
     def _take(self, job: Job, most: int, budget: float, now: float, *, force: bool) -> tuple[list[Slice], int, float]:
         """Up to `most` unsent pairs of a job within a token budget (at least one with `force`): slices, pairs, estimated tokens."""

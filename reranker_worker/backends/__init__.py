@@ -1,6 +1,6 @@
 """Backends: what turns (query, document) pairs into logits. One file per runtime; each imports its own runtime alone.
 
-The engine drives a backend through two calls, `tokenize` and `score`, from at most one thread each. Everything that is
+The engine drives a backend through two calls: `tokenize` from one thread, `score` from `info.parallel_passes` threads. Everything that is
 common to all runtimes (sorting by length, passes, halving, probabilities, checks) lives in `engine.scoring`.
 """
 
@@ -70,6 +70,7 @@ class BackendInfo:
     max_length: int  # tokens per pair, special tokens included
     activation: str  # what the model itself declares: "sigmoid", "identity" or another function's name
     max_pass_tokens: int  # padded tokens that one forward pass should hold on this device
+    parallel_passes: int = 1  # forward passes that may run at the same time, each called from a thread of its own
     num_labels: int = 1
     relevance_label: str = ""  # which of several labels is the relevance
     instruction: bool = False  # True when the model takes a per-request instruction

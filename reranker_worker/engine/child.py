@@ -1,6 +1,6 @@
 """The engine process: loads the model, then answers batches from one pipe on another until the front is gone.
 
-Three threads, so that work overlaps: one reads frames (and sees the front's end), one tokenizes, the main one scores.
+Work overlaps: one thread reads frames (and sees the front's end), one tokenizes and starts batches, some score, the main one answers.
 Nothing that a request contains is ever logged: of an exception only its type and place.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from reranker_worker.backends import Backend, BackendError, open_backend
 from reranker_worker.config import Config
 from reranker_worker.engine.frames import FrameReader, pack
-from reranker_worker.engine.scoring import EngineSickError, Prepared, Scorer
+from reranker_worker.engine.scoring import EngineSickError, Scorer, Started
 from reranker_worker.machine import usable_threads
 from reranker_worker.models import ModelError, ResolvedModel, resolve
 
@@ -79,13 +79,14 @@ def _isolate(front_pid: int) -> None:
 
 
 class _Engine:
-    """The loop. `_incoming` carries frames to the tokenizing thread, `_prepared` tokenized batches to the scoring one."""
+    """The loop. `_incoming` carries frames to the tokenizing thread, `_started` batches that are being scored to the answering one."""
 
     def __init__(self, requests_fd: int, results_fd: int) -> None:
         self._requests_fd = requests_fd
         self._results_fd = results_fd
         self._incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._prepared: queue.SimpleQueue[Prepared | BaseException] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[Started | BaseException] = queue.SimpleQueue()
+        self._sending = threading.Lock()
         self._last_sent = 0.0
 
     def run(self) -> None:
@@ -96,10 +97,10 @@ class _Engine:
         scorer = Scorer(backend, config, _log)
         threading.Thread(target=self._tokenize, args=(scorer,), name="tokenize", daemon=True).start()
         while True:
-            prepared = self._prepared.get()
-            if isinstance(prepared, BaseException):
-                raise prepared
-            self._send(scorer.score(prepared, self._progress))
+            started = self._started.get()
+            if isinstance(started, BaseException):
+                raise started
+            self._send(scorer.finish(started))
 
     def _read(self) -> None:
         frames = FrameReader()
@@ -117,10 +118,10 @@ class _Engine:
     def _tokenize(self, scorer: Scorer) -> None:
         try:
             while True:
-                self._prepared.put(scorer.prepare(self._incoming.get()))
+                self._started.put(scorer.start(scorer.prepare(self._incoming.get()), self._progress))
         except BaseException as error:  # handed to the main thread, which ends the process
             try:
-                self._prepared.put(error)
+                self._started.put(error)
             except MemoryError:  # not even that: the main thread would wait for ever
                 os._exit(_INTERNAL_ERROR)
 
@@ -158,9 +159,10 @@ class _Engine:
 
     def _send(self, body: dict[str, Any]) -> None:
         frame = memoryview(pack(body))
-        while frame:
-            frame = frame[os.write(self._results_fd, frame) :]
-        self._last_sent = time.monotonic()
+        with self._sending:
+            while frame:
+                frame = frame[os.write(self._results_fd, frame) :]
+            self._last_sent = time.monotonic()
 
 
 def _resolve(config: Config, stage: Any) -> ResolvedModel:
@@ -190,7 +192,7 @@ def _self_test(backend: Backend, model: ResolvedModel, config: Config) -> float:
             text = f"The model scores a known pair {logit:.4f} where {wanted:.4f} is expected; its files are not what was tested."
             raise BackendError(text, _CORRUPT)
     # The first pass warms up; the second tells the speed.
-    longest = ["reranking " * 60] * 4
+    longest = ["reranking " * 60] * 16
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": [["speed", 0, 0, "", longest]]}), lambda batch: None)
     return float(sum(frame["tokens"]) / max(0.05, frame["tokenize_ms"] + frame["inference_ms"]))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
 
 _MOST_BROKEN_PAIRS = 3
+# A batch is cut into as many passes as may run side by side, but not into crumbs.
+_LEAST_PASS_TOKENS = 128
 _NO_ROOM = ("INVALID_REQUEST", "The query alone fills the model's max_length; shorten it.")
 _NO_INSTRUCTION = ("INVALID_REQUEST", "This model takes no instruction; leave the field out.")
 _NO_MEMORY = ("INFERENCE_ERROR", "There is not enough memory to score one of the documents even alone.")
@@ -43,6 +47,16 @@ class _Outcome:
     passes: int = 0
 
 
+@dataclass(slots=True)
+class Started:
+    """A batch whose passes are under way. `begin` in seconds of time.perf_counter."""
+
+    prepared: Prepared
+    outcome: _Outcome
+    begin: float
+    futures: list[Future[None]]
+
+
 def plan_passes(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: int) -> list[list[int]]:
     """Cut pairs, sorted by length, into forward passes: each holds at most `max_pass_pairs` pairs and, padded to its longest,
     at most `max_pass_tokens` tokens (a single longer pair makes a pass of its own). The longest come first: if memory is short,
@@ -59,7 +73,7 @@ def plan_passes(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: in
 
 
 class Scorer:
-    """Scores batches on one backend. `prepare` and `score` may be called from two different threads."""
+    """Scores batches on one backend. `prepare` and `start` belong to one thread, `finish` to another."""
 
     def __init__(self, backend: Backend, config: Config, log: Callable[[str], None]) -> None:
         self._backend = backend
@@ -67,6 +81,12 @@ class Scorer:
         self._max_length = backend.info.max_length
         self._batch_size = config.batch_size
         self._want_model_scores = config.scores == "model"
+        self._parallel = backend.info.parallel_passes
+        self._pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="score")
+        # The threads are made now: one that cannot be made later, for want of memory, would leave a batch without an end.
+        everyone = threading.Barrier(self._parallel)
+        wait([self._pool.submit(everyone.wait) for _ in range(self._parallel)])
+        self._last_finish = 0.0
         self.max_pass_tokens = config.max_pass_tokens or backend.info.max_pass_tokens
 
     def prepare(self, frame: dict[str, Any]) -> Prepared:
@@ -81,17 +101,43 @@ class Scorer:
         refused = {index for index, pair in enumerate(pairs) if pair.instruction} if not self._backend.info.instruction else set()
         return Prepared(frame["batch"], tokens, refused, (time.perf_counter() - begin) * 1e3)
 
-    def score(self, prepared: Prepared, progress: Callable[[int], None]) -> dict[str, Any]:
-        """The `scored` frame of a batch. `progress` is called after each pass. Raises EngineSickError when the device is lost."""
-        begin = time.perf_counter()
+    def start(self, prepared: Prepared, progress: Callable[[int], None]) -> Started:
+        """Hand a batch's passes to the scoring threads, behind those of the batch before it, so that none of them is ever idle.
+
+        `progress` is called with the batch's number after each pass, from the thread that scored it.
+        """
         tokens = prepared.tokens
         failures = {index: _NO_ROOM for index, item in enumerate(tokens) if not item.fits} | dict.fromkeys(prepared.refused, _NO_INSTRUCTION)
         outcome = _Outcome([None] * len(tokens), failures)
         able = [index for index in range(len(tokens)) if index not in failures]
-        for plan in plan_passes([tokens[index].length for index in able], self.max_pass_tokens, self._batch_size):
-            self._pass(tokens, [able[position] for position in plan], outcome)
-            progress(prepared.batch)
-        return self._frame(prepared, outcome, (time.perf_counter() - begin) * 1e3)
+        lengths = [tokens[index].length for index in able]
+        most = self.max_pass_tokens
+        if self._parallel > 1:
+            most = min(most, max(_LEAST_PASS_TOKENS, -(-sum(lengths) // self._parallel)))
+        plans = [[able[position] for position in plan] for plan in plan_passes(lengths, most, self._batch_size)]
+        # One thread takes all passes at once: a hand-over for each would cost more than a small pass.
+        shares = [[plan] for plan in plans] if self._parallel > 1 else [plans]
+
+        def run(share: list[list[int]]) -> None:
+            for indices in share:
+                self._pass(tokens, indices, outcome)
+                progress(prepared.batch)
+
+        return Started(prepared, outcome, time.perf_counter(), [self._pool.submit(run, share) for share in shares])
+
+    def finish(self, started: Started) -> dict[str, Any]:
+        """Wait for a batch; its `scored` frame. Call it in the order of `start`. Raises EngineSickError when the device is lost."""
+        for future in started.futures:
+            future.result()
+        now = time.perf_counter()
+        # Batches overlap: each is charged the time since the one before it was done.
+        inference_ms = (now - max(started.begin, self._last_finish)) * 1e3
+        self._last_finish = now
+        return self._frame(started.prepared, started.outcome, inference_ms)
+
+    def score(self, prepared: Prepared, progress: Callable[[int], None]) -> dict[str, Any]:
+        """`start` and `finish` in one."""
+        return self.finish(self.start(prepared, progress))
 
     def _pass(self, tokens: Sequence[Tokens], indices: list[int], outcome: _Outcome) -> None:
         outcome.passes += 1

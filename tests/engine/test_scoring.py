@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -210,3 +211,35 @@ def test_a_lost_device_ends_the_engine(text: str) -> None:
 def test_an_empty_batch_is_answered() -> None:
     frame = score(Room())
     assert frame["logits"] == frame["probabilities"] == frame["tokens"] == []
+
+
+class Crew(Room):
+    """A backend whose passes wait for each other: they end only if two are under way at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__(max_pass_tokens=100)
+        self.info = BackendInfo("crew", "cpu", "float32", 64, "sigmoid", max_pass_tokens=100, parallel_passes=2)
+        self._meet = threading.Barrier(2)
+
+    def score(self, batch: Sequence[Tokens]) -> list[float]:
+        self._meet.wait(30)
+        return super().score(batch)
+
+
+def test_passes_run_side_by_side_when_the_backend_allows_it() -> None:
+    documents = ["d" * 40 + str(number) for number in range(8)]
+    frame = score(Crew(), *documents)
+    assert frame["logits"] == [logit(document) for document in documents]
+    assert frame["failures"] == []
+
+
+def test_the_next_batch_is_started_before_the_last_is_finished() -> None:
+    # Each batch is a single pass that waits for a second one, which only the other batch can bring.
+    scorer = Scorer(Crew(), Config(), lambda line: None)
+    seen: list[int] = []
+    frames = [{"batch": number, "groups": [["q", 0, 0, "", [f"document {number}"]]]} for number in (1, 2)]
+    started = [scorer.start(scorer.prepare(frame), seen.append) for frame in frames]
+    finished = [scorer.finish(batch) for batch in started]
+    assert [frame["batch"] for frame in finished] == [1, 2]
+    assert [frame["logits"] for frame in finished] == [[logit("document 1")], [logit("document 2")]]
+    assert sorted(seen) == [1, 2]

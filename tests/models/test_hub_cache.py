@@ -50,7 +50,7 @@ def test_offline_and_not_cached_says_so_without_trying(settings: dict[str, objec
         write_cache(tmp_path)  # another revision of the same model is no replacement
     answer = resolve_in_process(settings, {"HF_HOME": str(tmp_path), **environment})
     assert answer["exit_code"] == 66
-    assert "prewarm" in answer["error"]
+    assert "network is switched off" in answer["error"]
     assert answer["connections"] == []
 
 
