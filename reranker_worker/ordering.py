@@ -18,6 +18,7 @@ class Order:
 
     def __init__(self) -> None:
         self._places: deque[Place] = deque()
+        self.held_bytes = 0
 
     def reserve(self) -> Place:
         """The next place; call it when the request is read."""
@@ -28,8 +29,10 @@ class Order:
     def fill(self, place: Place, line: bytes) -> list[bytes]:
         """Give a place its line; the lines that may leave now."""
         place.line = line
+        self.held_bytes += len(line)
         lines: list[bytes] = []
         while self._places and (head := self._places[0].line) is not None:
             lines.append(head)
+            self.held_bytes -= len(head)
             self._places.popleft()
         return lines

@@ -47,6 +47,11 @@ class Outbox:
         return lines
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of lines that wait for the answer to an earlier request without an id."""
+        return self._order.held_bytes
+
+    @property
     def is_empty(self) -> bool:
         """True when nothing waits to be taken."""
         return not self._lines and self._hello is None

@@ -44,6 +44,7 @@ class Status:
     counters: Counters
     ready_body: dict[str, Any] | None
     model_path: str
+    model_source: str
     engine_versions: dict[str, str]
     draining: bool
     last_batch_good: bool
@@ -172,4 +173,4 @@ def _info(status: Status) -> dict[str, Any]:
     body = {**status.ready_body} if status.ready_body else {"protocol": PROTOCOL_VERSION, "version": __version__}
     body.pop("type", None)
     settings = asdict(status.config) | {"log_level": status.log_level}
-    return body | {"model_path": status.model_path, "versions": status.engine_versions, "settings": settings}
+    return body | {"model_path": status.model_path, "model_source": status.model_source, "versions": status.engine_versions, "settings": settings}

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 18
 _PARENT_POLL_SECONDS = 0.5
+# So late a wake-up means that the machine slept or we were stopped, and the engines with us.
+_PAUSED_SECONDS = 0.5
 # Beyond max_unsent_bytes a host that reads is still served: one answer may be larger, and many may be whole at the same moment.
 _DEAF_SECONDS = 1.0
 _MOST_UNSENT = 8  # times max_unsent_bytes, even while the host reads
 _FLUSH_STEP_SECONDS = 0.02
 _LOG_FLUSH_SECONDS = 0.1
-_REAP_SECONDS = 0.2
+_REAP_SECONDS = 0.05  # the kernel needs longer to take back a large engine; an idle exit promises 100 ms
 IO_ERROR = 74
 SECOND_SIGNAL = 143
 
@@ -138,19 +140,22 @@ class Loop:
             watch(process.log_fd, select.POLLIN, lambda p=process: self._read_log(p))  # type: ignore[misc]
             if process.wants_write:
                 watch(process.requests_fd, select.POLLOUT, process.flush)
-        ready = poll.poll(self._timeout_ms())
+        wakeup = self._wakeup()
+        # Rounded up: waking a fraction too early would spin.
+        ready = poll.poll(None if wakeup == math.inf else math.ceil(max(0.0, wakeup - time.monotonic()) * 1e3))
+        late = time.monotonic() - wakeup
+        if late > _PAUSED_SECONDS:
+            self._worker.fleet.forgive(late)
         return [handlers[fd] for fd, _ in ready]
 
-    def _timeout_ms(self) -> float | None:
+    def _wakeup(self) -> float:
+        """When to look again although nothing happened (monotonic seconds; inf: never)."""
         if self._flush_until < math.inf:
-            return 0
+            return time.monotonic()
         wakeup = self._worker.next_wakeup()
         if self._parent.fd < 0 or self._writer.unsent_bytes:
             wakeup = min(wakeup, time.monotonic() + _PARENT_POLL_SECONDS)
-        if wakeup == math.inf:
-            return None
-        # Rounded up: waking a fraction too early would spin.
-        return math.ceil(max(0.0, wakeup - time.monotonic()) * 1e3)
+        return wakeup
 
     def _read_requests(self) -> None:
         try:
@@ -225,6 +230,9 @@ class Loop:
             self._on_parent()
         elif writer.broken:
             self._host_stopped_reading()
+        elif self._worker.held_bytes > _MOST_UNSENT * self._config.max_unsent_bytes:
+            self._log.write("ERROR", "worker", "too many answers wait for that of an earlier request without an id")
+            self._code = IO_ERROR
         elif writer.unsent_bytes:
             if writer.made_progress():
                 self._progress_at = now

@@ -127,6 +127,11 @@ class Worker:
         return self._outbox.take(now)
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of answers that wait for the answer to an earlier request without an id."""
+        return self._outbox.held_bytes
+
+    @property
     def has_lines(self) -> bool:
         """True while lines wait to be taken."""
         return not self._outbox.is_empty
@@ -142,6 +147,7 @@ class Worker:
             counters=self.counters,
             ready_body=self.ready_body,
             model_path=str(first.get("model_path", "")),
+            model_source=str(first.get("model_source", "")),
             engine_versions=first.get("versions", {}),
             draining=self.draining,
             last_batch_good=self.last_batch_good,

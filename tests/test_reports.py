@@ -19,6 +19,7 @@ STATUS = reports.Status(
     config=Config(),
     counters=Counters(scored=3),
     ready_body=READY,
+    model_source="directory",
     model_path="/models/tiny",
     engine_versions={"runtime": "1"},
     draining=False,

@@ -40,6 +40,7 @@ _TOLERANCE = {"float32": 1e-3}  # of a known logit; other kinds of CPU differ by
 _REDUCED_TOLERANCE = 0.25
 _INTERNAL_ERROR = 70
 _CORRUPT = 65
+_BAD_CONFIGURATION = 78
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,6 +138,8 @@ class _Engine:
             speed = _self_test(backend, model, config)
         except (ModelError, BackendError) as error:
             self._give_up(str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            self._give_up(f"The Python package {error.name} is not installed; run pip install -r requirements.txt.", _BAD_CONFIGURATION)
         except Exception as error:  # a broken model can raise anything
             _log(_place(error))
             self._give_up(f"The model could not be loaded: {_summary(error)}", _CORRUPT)

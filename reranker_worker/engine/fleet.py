@@ -213,6 +213,11 @@ class Fleet:
                 moments.append(self._stalled_at(engine))
         return min(moments)
 
+    def forgive(self, seconds: float) -> None:
+        """The whole machine, or this process group, stood still for so long: no engine made progress, and none hangs for that."""
+        for engine in self.engines:
+            engine.progress_at += seconds
+
     def kill_all(self) -> None:
         """At exit."""
         for engine in self.engines:

@@ -182,6 +182,7 @@ class Scorer:
 
     def _frame(self, prepared: Prepared, outcome: _Outcome, inference_ms: float) -> dict[str, Any]:
         logits = outcome.logits
+        column = self._model_scores(outcome) if self._want_model_scores else None
         frame: dict[str, Any] = {
             "event": "scored",
             "batch": prepared.batch,
@@ -194,10 +195,20 @@ class Scorer:
             "inference_ms": round(inference_ms, 3),
             "passes": outcome.passes,
         }
-        if self._want_model_scores:
-            activated = iter(self._backend.activate([logit for logit in logits if logit is not None]))
-            frame["model_scores"] = [None if logit is None else next(activated) for logit in logits]
+        if column is not None:
+            frame["model_scores"] = column
         return frame
+
+    def _model_scores(self, outcome: _Outcome) -> list[float | None]:
+        """What the model's own activation makes of the logits; a pair for which that is not finite fails."""
+        scored = [(index, logit) for index, logit in enumerate(outcome.logits) if logit is not None]
+        column: list[float | None] = [None] * len(outcome.logits)
+        for (index, _), value in zip(scored, self._backend.activate([logit for _, logit in scored]), strict=True):
+            if math.isfinite(value):
+                column[index] = value
+            else:
+                outcome.failures[index] = _NOT_FINITE
+        return column
 
 
 def _sigmoid(logit: float) -> float:
