@@ -54,3 +54,11 @@ def test_the_front_imports_nothing_heavy() -> None:
 def test_the_threads_of_an_engine_follow_the_affinity_of_the_worker(spawn) -> None:  # type: ignore[no-untyped-def]
     host = spawn(wrapper=["taskset", "-c", "0"])
     assert host.wait_ready()["threads"] == 1
+
+
+def test_the_engine_is_a_program_of_its_own_and_no_copy_of_the_front(spawn) -> None:  # type: ignore[no-untyped-def]
+    # A process forked from one with threads, or with CUDA in use, may hang in a lock that nobody holds any more.
+    host = spawn()
+    host.wait_ready()
+    (engine,) = host.engine_pids()
+    assert b"reranker_worker.engine.child" in Path(f"/proc/{engine}/cmdline").read_bytes()
