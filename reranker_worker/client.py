@@ -43,7 +43,7 @@ _KILL_SECONDS = 1.0
 
 
 class WorkerError(Exception):
-    """The worker refused or failed a request, or could not start. `code` is a wire code (PROTOCOL section 4)."""
+    """The worker refused or failed a request, or could not start. `code` is a wire code (README, "The wire")."""
 
     def __init__(self, message: str, code: str, *, retryable: bool = False, retry_after_ms: int | None = None) -> None:
         super().__init__(message)

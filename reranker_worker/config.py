@@ -7,6 +7,7 @@ A flag wins over its variable, a variable over the default. An unknown flag, an 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,9 +32,10 @@ def _setting(
     high: int | None = None,
     choices: Sequence[str] = (),
     env: str = "",
+    pattern: str = "",
 ) -> Any:
     """A field with what `--help`, the README table and validation need."""
-    meta = {"text": text, "unit": unit, "low": low, "high": high, "choices": tuple(choices), "env": env}
+    meta = {"text": text, "unit": unit, "low": low, "high": high, "choices": tuple(choices), "env": env, "pattern": pattern}
     return field(default=default, metadata=meta)
 
 
@@ -53,7 +55,7 @@ class Config:
         choices=("probability", "logit", "model"),
     )
     backend: str = _setting("auto", "what computes the scores (fake: a hash of the text, for tests of hosts)", choices=("auto", "torch", "fake"))
-    device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps or xpu")
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N", pattern=r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?")
     dtype: str = _setting("auto", "precision of the weights (auto: float32)", choices=("auto", "float32", "bfloat16", "float16"))
     threads: int = _setting(0, "CPU threads of one engine (0: usable CPUs by affinity and cgroup quota, shared by the engines)", low=0, high=1024)
     engines: int = _setting(1, "engine processes, each with its own copy of the model", low=1, high=64)
@@ -139,6 +141,8 @@ def parse_value(name: str, raw: str, source: str) -> Any:
         if not match:
             raise ConfigError(f"{source} must be one of {', '.join(meta['choices'])}, not {raw!r}.")
         return match[0]
+    if meta["pattern"] and not re.fullmatch(meta["pattern"], raw.strip().lower()):
+        raise ConfigError(f"{source} must be {meta['text']}, not {raw[:64]!r}.")
     if not raw or any(ord(c) < 32 or 0xD800 <= ord(c) <= 0xDFFF for c in raw):
         raise ConfigError(f"{source} must be a non-empty UTF-8 text without control characters.")
     return raw

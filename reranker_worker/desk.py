@@ -113,10 +113,10 @@ class Desk:
         limit = ticket.request.options.timeout_ms or self._config.request_timeout_ms
         self.refuse_ticket(ticket, Refusal(ticket.request.id, Code.DEADLINE_EXCEEDED, f"The request was not scored within {limit} ms."))
 
-    def refuse(self, job: Job, code: Code, error: str) -> None:
+    def refuse(self, job: Job, code: Code, error: str, *, final: bool = False) -> None:
         """An open job that will not be scored."""
         ticket = self._close(job)
-        self.refuse_ticket(ticket, Refusal(ticket.request.id, code, error))
+        self.refuse_ticket(ticket, Refusal(ticket.request.id, code, error, final))
 
     def refuse_ticket(self, ticket: Ticket, refusal: Refusal, retry_after_ms: int | None = None) -> None:
         """A request that was not admitted, or is closed already."""

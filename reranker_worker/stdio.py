@@ -1,4 +1,4 @@
-"""The street door: signals, the host's death, and the one loop that moves bytes and tells the time.
+"""The loop of the front: signals, the host's death, and the one loop that moves bytes and tells the time.
 
 One thread polls everything and owns all state; only the writers of stdout and stderr may block, each in a thread of its own.
 """

@@ -1,4 +1,4 @@
-"""The hall: joins the wire, the scheduler and the engines. `receive(bytes)`, `tick(now)`; no descriptor, no thread, no clock.
+"""The middle of the front: joins the wire, the scheduler and the engines. `receive(bytes)`, `tick(now)`; no descriptor, no thread, no clock.
 
 Everything a host can observe is decided here and in the rooms it calls; `stdio` only moves bytes. Times are monotonic seconds.
 """
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _LEAST_SHARE_PAIRS = 8
 _DRAINED = 0
 _DRAINED_INCOMPLETELY = 75
+RESTART_HELPS = frozenset({70, 71, 74, 75})  # exit codes after which a host should start the worker again
 _DUPLICATE = "A request with this id is still in flight; use another id."
 
 
@@ -311,7 +312,8 @@ class Worker:
     def _on_lost(self, event: Lost, now: float) -> None:
         self.counters.engine_deaths += 1
         self.last_batch_good = False
-        self._note("WARNING", f"an engine ended: {event.reason}; {len(event.batches)} batches are sent again")
+        if self.exit_code is None:
+            self._note("WARNING", f"an engine ended: {event.reason.rstrip('.')}; {len(event.batches)} batches are sent again")
         poisoned = self.scheduler.requeue(*event.batches)
         for job in poisoned:
             self._quarantine.add(job.groups, now)
@@ -328,7 +330,8 @@ class Worker:
             return
         # First the cause: a host takes the first error line as the reason of the failed start.
         self._desk.error(Refusal(None, Code.MODEL_LOAD_ERROR, event.error))
-        self._refuse_all(Code.NOT_READY, "The model could not be loaded.")
+        final = event.exit_code not in RESTART_HELPS
+        self._refuse_jobs(self.scheduler.jobs(), Code.NOT_READY, "The model could not be loaded.", final=final)
         self._note("ERROR", event.error)
         self.exit_code = event.exit_code
         self.draining = True  # what still comes is refused
@@ -347,10 +350,10 @@ class Worker:
         jobs = [job for job in self.scheduler.jobs() if self._quarantine.holds(job.groups, now)]
         self._refuse_jobs(jobs, Code.POISONED, POISONED)
 
-    def _refuse_jobs(self, jobs: Sequence[Job], code: Code, text: str) -> None:
+    def _refuse_jobs(self, jobs: Sequence[Job], code: Code, text: str, *, final: bool = False) -> None:
         for job in jobs:
             self.scheduler.drop(job)
-            self._desk.refuse(job, code, text)
+            self._desk.refuse(job, code, text, final=final)
 
     def _finish_drain(self, now: float) -> None:
         if self._desk and now >= self._drain_until:

@@ -67,6 +67,8 @@ def test_a_flag_wins_over_its_variable_and_the_variable_over_the_default(name: s
         first, second = next(item for item in fields(Config) if item.name == name).metadata["choices"][:2]
     elif name in NUMBERS:
         first, second = str(BOUNDS[name][0]), str(BOUNDS[name][1])
+    elif name == "device":
+        first, second = "cuda:1", "mps"
     else:
         first, second = "one", "two"
     config = load(flag_name(name), first, **{env_name(name): second})
@@ -131,3 +133,9 @@ def test_help_names_every_flag_and_variable(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert leaving.value.code == 0
     assert all(flag_name(name) in text and env_name(name) in text for name in NAMES)
+
+
+@pytest.mark.parametrize("device", ["one", "cuda:", "cuda:x", "cpu:0", "gpu", "cuda:1234"])
+def test_a_device_that_is_none_is_refused_before_anything_is_loaded(device: str) -> None:
+    with pytest.raises(ConfigError, match="cuda:N"):
+        load("--device", device)

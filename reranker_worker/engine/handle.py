@@ -52,6 +52,8 @@ def engine_environment(config: Config, environ: Mapping[str, str]) -> dict[str, 
         allowed = {name: value for name, value in allowed.items() if not any(word in name for word in _SECRET_WORDS)}
     # Spinning threads cost up to four times the time when the database beside us uses the same cores, and nothing alone.
     allowed.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # oneDNN keeps its plan for each of the last 1,024 shapes; texts of ever new lengths would let the engine grow by 70 MiB.
+    allowed.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     return allowed | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
 
 

@@ -59,7 +59,7 @@ def _pad(line: bytes) -> bytes:
 def error_answer(refusal: Refusal, timestamp: float, retry_after_ms: int | None = None) -> dict[str, Any]:
     """The flat error object."""
     body: dict[str, Any] = {} if refusal.id is None else {"id": refusal.id}
-    body |= {"error": refusal.error, "code": refusal.code.value, "retryable": refusal.code in RETRYABLE}
+    body |= {"error": refusal.error, "code": refusal.code.value, "retryable": refusal.code in RETRYABLE and not refusal.final}
     if retry_after_ms is not None:
         body["retry_after_ms"] = retry_after_ms
     body["timestamp"] = round(timestamp, 3)

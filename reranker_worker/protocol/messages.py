@@ -9,7 +9,7 @@ Id = str | int | None
 
 
 class Code(StrEnum):
-    """The closed list of error codes (PROTOCOL section 4)."""
+    """The closed list of error codes (README, "The wire")."""
 
     INVALID_JSON = "INVALID_JSON"
     INVALID_REQUEST = "INVALID_REQUEST"
@@ -121,6 +121,7 @@ class Refusal:
     id: Id
     code: Code
     error: str
+    final: bool = False  # not retryable here, although its code usually is
 
 
 Message = Rerank | Batch | Control | Cancel | Configure | Refusal

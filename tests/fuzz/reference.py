@@ -1,4 +1,4 @@
-"""The second opinion: what a line is, by the standard library's JSON with strict settings and the text of PROTOCOL sections 1 and 3.
+"""The second opinion: what a line is, by the standard library's JSON with strict settings and the wire as the README tells it.
 
 It is written from the contract and shares no code with `reranker_worker.protocol`; it is slow, and good only for comparison.
 """

@@ -108,7 +108,7 @@ def test_an_answer_has_exactly_these_bytes(name: str) -> None:
 
 
 def stalls(length: int) -> bool:
-    """PROTOCOL section 1: a line of this length, with its end, hangs a host that polls and reads with fgets."""
+    """A line of this length, with its end, hangs a host that polls and reads with fgets."""
     whole = (length - 1) // (BUFFER - 1)
     return whole >= 1 and length <= BUFFER * whole
 
