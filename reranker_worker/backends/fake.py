@@ -1,6 +1,7 @@
 """A backend without a model: the logit is a hash of the pair, so that a mixed-up answer shows. For tests and for hosts.
 
-Its `--model` may set its pace as `load_ms=500&pair_us=20`, or `fail=66` to fail the start with an exit code. A document that begins with `fake:` asks for a fault:
+Its `--model` may set its pace as `load_ms=500&pair_us=20`, or `fail=66` to fail
+the start with an exit code. A document that begins with `fake:` asks for a fault:
 `fake:kill N` (signal N), `fake:exit N`, `fake:hang`, `fake:sleep MS`, `fake:nan`, `fake:oom` (more than one pair in a pass),
 `fake:oom1` (always), `fake:raise`, `fake:print` (noise on every stream a library could use).
 """
