@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from reranker_worker.backends import Backend, BackendError, open_backend
 from reranker_worker.config import Config
@@ -60,8 +60,14 @@ def main(argv: Sequence[str]) -> None:
         engine.run()
     except EngineSickError as error:
         _log(f"the device is lost ({error}); ending for a restart")
-    except Exception as error:  # the process boundary
+    except BaseException as error:  # the process boundary
         _log(_place(error))
+    finally:
+        _abandon()
+
+
+def _abandon() -> NoReturn:
+    """End for a restart, whatever the other threads do: without memory even reporting an error may fail, and waiting never ends."""
     os._exit(_INTERNAL_ERROR)
 
 
@@ -94,9 +100,7 @@ class _Engine:
         """Load, report, serve; returns only by an exception."""
         threading.Thread(target=self._read, name="read", daemon=True).start()
         config = Config(**self._incoming.get()["config"])
-        backend = self._load(config)
-        scorer = Scorer(backend, config, _log)
-        threading.Thread(target=self._tokenize, args=(scorer,), name="tokenize", daemon=True).start()
+        scorer = self._load(config)
         while True:
             started = self._started.get()
             if isinstance(started, BaseException):
@@ -126,7 +130,8 @@ class _Engine:
             except MemoryError:  # not even that: the main thread would wait for ever
                 os._exit(_INTERNAL_ERROR)
 
-    def _load(self, config: Config) -> Backend:
+    def _load(self, config: Config) -> Scorer:
+        """Open the model and make every thread before `ready`: afterwards there may be no memory for one, and nobody would be told."""
         begin = time.monotonic()
         try:
             self._stage("resolving", 0, 0)
@@ -135,7 +140,9 @@ class _Engine:
             threads = config.threads or max(1, usable_threads() // config.engines)
             backend = open_backend(config, model, threads)
             self._stage("testing", 0, 0)
-            speed = _self_test(backend, model, config)
+            scorer = Scorer(backend, config, _log, _abandon)
+            speed = _self_test(scorer, backend, model, config)
+            threading.Thread(target=self._tokenize, args=(scorer,), name="tokenize", daemon=True).start()
         except (ModelError, BackendError) as error:
             self._give_up(str(error), error.exit_code)
         except ModuleNotFoundError as error:
@@ -147,7 +154,7 @@ class _Engine:
         info |= {"model": model.name, "model_path": str(model.path), "model_revision": model.revision, "model_source": model.source}
         info |= {"load_time_ms": round((time.monotonic() - begin) * 1e3), "threads": threads, "tokens_per_ms": speed, "versions": _versions(backend)}
         self._send({"event": "ready", "info": info})
-        return backend
+        return scorer
 
     def _give_up(self, error: str, exit_code: int) -> None:
         self._send({"event": "load_failed", "error": error, "exit_code": exit_code})
@@ -176,11 +183,10 @@ def _resolve(config: Config, stage: Any) -> ResolvedModel:
     return resolve(config, stage)
 
 
-def _self_test(backend: Backend, model: ResolvedModel, config: Config) -> float:
+def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: Config) -> float:
     """Score known pairs before `ready`; returns the speed seen, in tokens per millisecond. Raises BackendError if a score is wrong."""
     import orjson
 
-    scorer = Scorer(backend, config, _log)
     expected = [(query, document, None) for query, document in _KNOWN_PAIRS]
     file = model.path / _KNOWN_PAIRS_FILE
     if config.backend != "fake" and file.is_file():

@@ -75,8 +75,10 @@ def plan_passes(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: in
 class Scorer:
     """Scores batches on one backend. `prepare` and `start` belong to one thread, `finish` to another."""
 
-    def __init__(self, backend: Backend, config: Config, log: Callable[[str], None]) -> None:
+    def __init__(self, backend: Backend, config: Config, log: Callable[[str], None], abandon: Callable[[], None] | None = None) -> None:
+        """`abandon` is called when a scoring thread has no memory left to go on; its batch would never end."""
         self._backend = backend
+        self._abandon = abandon
         self._log = log
         self._max_length = backend.info.max_length
         self._batch_size = config.batch_size
@@ -119,9 +121,14 @@ class Scorer:
         shares = [[plan] for plan in plans] if self._parallel > 1 else [plans]
 
         def run(share: list[list[int]]) -> None:
-            for indices in share:
-                self._pass(tokens, indices, outcome)
-                progress(prepared.batch)
+            try:
+                for indices in share:
+                    self._pass(tokens, indices, outcome)
+                    progress(prepared.batch)
+            except MemoryError:
+                if self._abandon is not None:
+                    self._abandon()
+                raise
 
         return Started(prepared, outcome, time.perf_counter(), [self._pool.submit(run, share) for share in shares])
 

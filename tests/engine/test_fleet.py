@@ -151,3 +151,14 @@ def test_at_exit_every_running_engine_is_killed() -> None:
     fleet.on_death(fleet.engines[0], -9, 0.0)
     fleet.kill_all()
     assert [link.alive for link in links] == [True, False]  # the first is dead already, and its link is not touched
+
+
+def test_an_engine_is_not_taken_for_hung_after_the_whole_machine_stood_still() -> None:
+    fleet, links = make(engine_stall_ms=1000)
+    (batch,) = batches("a", deadline=1e9)
+    fleet.send(fleet.engines[0], batch, 0.0)
+    fleet.forgive(60.0)
+    fleet.tick(60.5)
+    assert links[0].kills == 0
+    fleet.tick(61.1)
+    assert links[0].kills == 1

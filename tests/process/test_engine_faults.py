@@ -141,8 +141,8 @@ def test_health_tells_a_busy_engine_from_a_dead_one(spawn):
     assert host.read_line()["type"] == "health"
     assert all(report["ready"] and report["live"] for report in reports)
     assert reports[-1]["oldest_in_flight_ms"] > 800
-    # The last report may come between the end of the pass and the answer, when there is fresh progress.
-    assert max(report["engines"][0]["progress_ms"] for report in reports) > 800
+    # The first report may come before the request is sent on, the last when its answer is about to come.
+    assert max(report["engines"][0]["progress_ms"] or 0 for report in reports) > 800
     assert reports[-1]["waiting_requests"] == 1
 
 
