@@ -38,6 +38,17 @@ class Drive:
     seconds: float
 
 
+def end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
+    """Close a process's stdin and wait for its end; kill it after ten seconds."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        process.wait(10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Host:
     """A worker of the tree at `root`, and the pipes to it. `with` stops it."""
 
@@ -65,14 +76,8 @@ class Host:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._process.stdout.close()
 
     @property

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import Cell, add_common_flags, cell, report
-from benchmarks.host import ROOT, HostError
+from benchmarks.host import ROOT, HostError, end
 from benchmarks.texts import Texts
 from reranker_worker.byhand import processes
 from reranker_worker.client import Client
@@ -74,13 +74,7 @@ class Peer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
 
     @property
     def pid(self) -> int:

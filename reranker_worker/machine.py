@@ -1,4 +1,4 @@
-"""What this process may use of the machine: CPUs, memory, and what it holds now. Standard library only, nothing is cached.
+"""What this process may use of the machine: CPUs, memory, what it holds now, and what it leaves there. Standard library only, nothing is cached.
 
 A container's limits stand in the cgroup files, not in `os.cpu_count()`: a process that starts one thread per visible CPU under
 a small quota is throttled and slower than with few threads. Every function takes the root directory, so that tests can bring their own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import sys
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 _KIB = 1024
 # cgroup v1 writes "no limit" as the largest multiple of the page size below 2^63; whatever is that large is no limit.
 _UNLIMITED_BYTES = 1 << 60
+_PR_SET_DUMPABLE = 4
+
+
+def no_core_dump() -> None:
+    """Forbid this process core dumps, for front and engine alike: one would hold documents."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def usable_threads(root: Path = Path("/")) -> int:

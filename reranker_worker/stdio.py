@@ -13,16 +13,18 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from reranker_worker.streams import AnswerWriter, Streams, no_core_dump
+from reranker_worker.engine.frames import FrameError
+from reranker_worker.engine.handle import EngineProcess
+from reranker_worker.logs import Log
+from reranker_worker.machine import no_core_dump
+from reranker_worker.streams import AnswerWriter, Streams
+from reranker_worker.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from reranker_worker.config import Config
     from reranker_worker.engine.fleet import Engine
-    from reranker_worker.engine.handle import EngineProcess
-    from reranker_worker.logs import Log
-    from reranker_worker.worker import Worker
 
 _READ_BYTES = 1 << 18
 _PARENT_POLL_SECONDS = 0.5
@@ -172,8 +174,6 @@ class Loop:
             self._worker.end_of_input(now)
 
     def _read_engine(self, engine: Engine, process: EngineProcess) -> None:
-        from reranker_worker.engine.frames import FrameError
-
         now = time.monotonic()
         try:
             frames = process.read()
@@ -247,10 +247,6 @@ class Loop:
 
 def serve(config: Config, streams: Streams, environ: Mapping[str, str]) -> int:
     """Run the worker on the claimed streams; the exit code. The caller ends the process with it."""
-    from reranker_worker.engine.handle import EngineProcess
-    from reranker_worker.logs import Log
-    from reranker_worker.worker import Worker
-
     no_core_dump()
     log = Log(2, config.log_level)
     if os.isatty(streams.requests_fd):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import resource
 import select
 import signal
 import stat
 import struct
-import sys
 import termios
 import threading
 import time
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 _LAST_WORDS_SECONDS = 1.0
 _LOG_FLUSH_SECONDS = 0.1
 _TIOCOUTQ = 0x5411
-_PR_SET_DUMPABLE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +58,6 @@ def _close_inherited() -> None:
         if name.isdigit() and int(name) > 2:
             with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
                 os.close(int(name))
-
-
-def no_core_dump() -> None:
-    """A core dump would hold documents."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 class AnswerWriter:

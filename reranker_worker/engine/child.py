@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
-import resource
 import signal
 import sys
 import threading
@@ -21,7 +20,7 @@ from reranker_worker.backends import Backend, BackendError, open_backend
 from reranker_worker.config import Config
 from reranker_worker.engine.frames import FrameReader, pack
 from reranker_worker.engine.scoring import EngineSickError, Scorer, Started
-from reranker_worker.machine import usable_threads
+from reranker_worker.machine import no_core_dump, usable_threads
 from reranker_worker.models import ModelError, ResolvedModel, resolve
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _PROGRESS_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
 _KNOWN_PAIRS = (
     ("What is the capital of France?", "Paris is the capital and largest city of France."),
     ("What is the capital of France?", "Bread is baked from flour, water and salt."),
@@ -48,8 +46,6 @@ def main(argv: Sequence[str]) -> None:
     results_fd, front_pid = int(argv[0]), int(argv[1])
     _isolate(front_pid)
     # A child that a library starts must not hold our pipe open: the front sees our end by its closing.
-    os.set_inheritable(results_fd, False)
-    # A child of a library must not keep our pipes open: the front would not see our end.
     os.set_inheritable(results_fd, False)
     requests_fd = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -76,11 +72,9 @@ def _isolate(front_pid: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    no_core_dump()
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)  # a core dump would hold documents
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != front_pid:
         os._exit(0)
 
@@ -128,7 +122,7 @@ class _Engine:
             try:
                 self._started.put(error)
             except MemoryError:  # not even that: the main thread would wait for ever
-                os._exit(_INTERNAL_ERROR)
+                _abandon()
 
     def _load(self, config: Config) -> Scorer:
         """Open the model and make every thread before `ready`: afterwards there may be no memory for one, and nobody would be told."""

@@ -50,7 +50,8 @@ def engine_environment(config: Config, environ: Mapping[str, str]) -> dict[str, 
     allowed = {name: value for name, value in environ.items() if name in _ALLOWED_NAMES or name.startswith(_ALLOWED_PREFIXES)}
     if config.model == "bundled" or config.local_files_only or config.backend == "fake" or os.path.isdir(config.model):
         allowed = {name: value for name, value in allowed.items() if not any(word in name for word in _SECRET_WORDS)}
-    # Spinning threads cost up to four times the time when the database beside us uses the same cores, and nothing alone.
+    # Spinning threads cost half as much time again and more when the database beside us uses the same cores; idle they gain a seventh
+    # where a pass has several threads, and nothing where it has one.
     allowed.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # oneDNN keeps its plan for each of the last 1,024 shapes; texts of ever new lengths would let the engine grow by 70 MiB.
     allowed.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
