@@ -42,6 +42,18 @@ def test_pairs_of_like_length_of_several_requests_meet_in_one_batch() -> None:
     assert padded <= 1.3 * held
 
 
+def test_a_request_of_short_pairs_is_not_padded_to_the_long_ones_of_another_when_its_turn_comes() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("long", 100, 1900)))
+    assert scheduler.next_batch(0.0) is not None
+    scheduler.add(make_job(2, *texts("short", 400, 40)))
+    both, short = scheduler.next_batch(0.0), scheduler.next_batch(0.0)
+    assert both is not None
+    assert short is not None
+    assert set(sizes(both)) == {1900, 40}
+    assert set(sizes(short)) == {40}
+
+
 def test_a_batch_is_about_one_pass_although_the_machine_would_score_less_in_its_target_time() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("a", 100, 400)))

@@ -75,7 +75,9 @@ DEFECTS = [
     Defect("a cancelled request stays in the queue", "ordering", _WORKER, "        for job in jobs or ():\n            self.scheduler.drop(job)\n", "", _transcript("09_")),
     Defect("of equal scores the last comes first", "ordering", _ANSWERS, "(-item[1], item[0])", "(-item[1], -item[0])", _transcript("04_")),
     # --- scheduling
-    Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", _transcript("02_")),
+    Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", "tests/test_scheduler.py"),
+    Defect("one length keeps its turn", "scheduling", _SCHEDULER, "        self._rotations[head.priority].rotate(-1)\n", "", "tests/test_scheduler_narrow.py"),
+    Defect("pairs of any length meet", "scheduling", _SCHEDULER, "if -item[0] <= longest]", "if True]", "tests/test_scheduler_narrow.py"),
     Defect("copies in flight are never told", "scheduling", _SHARING, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
     Defect("a copy is told the next pair's score", "scheduling", _SHARING, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
     Defect("scores shift by one slice", "scheduling", _SCHEDULER, "            offset += size\n", "", "chaos 20 1"),
