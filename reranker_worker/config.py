@@ -54,9 +54,18 @@ class Config:
         "scale of `scores`: probability in [0, 1], the raw logit, or exactly what the model's own predict gives",
         choices=("probability", "logit", "model"),
     )
-    backend: str = _setting("auto", "what computes the scores (fake: a hash of the text, for tests of hosts)", choices=("auto", "torch", "fake"))
+    artefacts: str = _setting("~/.cache/reranker-worker", "directory of prewarmed artefacts, which are found by the model's name")
+    backend: str = _setting(
+        "auto",
+        "what computes the scores: onnx is the fast CPU default, torch takes any model and device (fake: a hash of the text, for tests of hosts)",
+        choices=("auto", "torch", "onnx", "openvino", "fake"),
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:N, mps, xpu or xpu:N", pattern=r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?")
-    dtype: str = _setting("auto", "precision of the weights (auto: float32)", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = _setting(
+        "auto",
+        "precision (auto: float32, unless the model was prewarmed with another; int8 needs a prewarmed model)",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )
     threads: int = _setting(0, "CPU threads of one engine (0: usable CPUs by affinity and cgroup quota, shared by the engines)", low=0, high=1024)
     engines: int = _setting(1, "engine processes, each with its own copy of the model", low=1, high=64)
     batch_size: int = _setting(32, "most pairs in one forward pass", unit="pairs", low=1, high=4096)

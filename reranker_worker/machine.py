@@ -71,6 +71,17 @@ def peak_rss_bytes(root: Path = Path("/")) -> int | None:
     return held if sys.platform == "darwin" else held * _KIB  # macOS counts bytes, the others KiB
 
 
+def may_have_accelerator(root: Path = Path("/")) -> bool:
+    """Whether it is worth importing torch to look for a GPU: a driver's device stands in /dev, or this is a Mac.
+
+    True also for Intel graphics, which most torch builds cannot use; False means that no torch build would find anything.
+    """
+    if sys.platform == "darwin":
+        return True
+    devices = [root / "dev" / name for name in ("nvidiactl", "nvidia0", "kfd", "dxg")]
+    return any(path.exists() for path in devices) or any((root / "dev/dri").glob("renderD*"))
+
+
 def parse_cpu_max(text: str) -> float | None:
     """CPUs granted by a cgroup v2 `cpu.max` ("QUOTA PERIOD" or "max PERIOD", microseconds); None for no limit or no sense."""
     words = text.split()

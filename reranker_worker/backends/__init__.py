@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
@@ -64,13 +64,14 @@ class Tokens(NamedTuple):
 class BackendInfo:
     """What `ready` and `info` report of a backend."""
 
-    backend: str  # "torch", "fake", ...
+    backend: str  # "onnx", "torch", "openvino", "fake"
     device: str  # "cpu", "cuda:0", "mps", "xpu:0"
-    dtype: str  # "float32", "bfloat16", "float16"
+    dtype: str  # "float32", "bfloat16", "float16", "int8"
     max_length: int  # tokens per pair, special tokens included
     activation: str  # what the model itself declares: "sigmoid", "identity" or another function's name
     max_pass_tokens: int  # padded tokens that one forward pass should hold on this device
     parallel_passes: int = 1  # forward passes that may run at the same time, each called from a thread of its own
+    packed: bool = False  # whether a pass costs what its tokens cost, and not its longest pair times their number
     num_labels: int = 1
     relevance_label: str = ""  # which of several labels is the relevance
     instruction: bool = False  # True when the model takes a per-request instruction
@@ -92,12 +93,15 @@ class Backend(Protocol):
         """Exactly what the model's own `predict` returns by default for these logits."""
 
 
-def open_backend(config: Config, model: ResolvedModel, threads: int) -> Backend:
-    """Open the backend that `config.backend` names for a resolved model; raises BackendError with a sentence."""
+def open_backend(config: Config, model: ResolvedModel, threads: int, log: Callable[[str], None] = lambda text: None) -> Backend:
+    """Open the backend that `config.backend` names, or the one that suits the model; raises BackendError with a sentence.
+
+    `log` is told which backends were passed over, and why.
+    """
     if config.backend == "fake":
         from reranker_worker.backends.fake import FakeBackend
 
         return FakeBackend(model.name)
-    from reranker_worker.backends.torch import TorchBackend
+    from reranker_worker.backends.choosing import choose_backend
 
-    return TorchBackend(config, model, threads)
+    return choose_backend(config, model, threads, log)

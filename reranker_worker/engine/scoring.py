@@ -72,6 +72,30 @@ def plan_passes(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: in
     return passes
 
 
+def plan_packed(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: int, parallel: int) -> list[list[int]]:
+    """Cut pairs, sorted by length from the longest, into passes of about equal sums of tokens, for a backend that pads nothing.
+
+    Each pass holds at most `max_pass_pairs` pairs and about `max_pass_tokens` tokens (a single longer pair makes a pass of its own); there are as
+    many as keep `parallel` threads busy to the end, unless that would make crumbs.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    total = sum(lengths)
+    count = max(1, -(-total // max_pass_tokens))
+    count = min(-(-count // parallel) * parallel, max(count, total // _LEAST_PASS_TOKENS))
+    target = total / count
+    passes: list[list[int]] = []
+    used = done = 0
+    for index in order:
+        # The cut that is nearest to a whole number of targets.
+        if not passes or len(passes[-1]) >= max_pass_pairs or (done + lengths[index] / 2 > target * len(passes) and used > 0):
+            passes.append([])
+            used = 0
+        passes[-1].append(index)
+        used += lengths[index]
+        done += lengths[index]
+    return passes
+
+
 class Scorer:
     """Scores batches on one backend. `prepare` and `start` belong to one thread, `finish` to another."""
 
@@ -113,10 +137,7 @@ class Scorer:
         outcome = _Outcome([None] * len(tokens), failures)
         able = [index for index in range(len(tokens)) if index not in failures]
         lengths = [tokens[index].length for index in able]
-        most = self.max_pass_tokens
-        if self._parallel > 1:
-            most = min(most, max(_LEAST_PASS_TOKENS, -(-sum(lengths) // self._parallel)))
-        plans = [[able[position] for position in plan] for plan in plan_passes(lengths, most, self._batch_size)]
+        plans = [[able[position] for position in plan] for plan in self._plan(lengths)]
         # One thread takes all passes at once: a hand-over for each would cost more than a small pass.
         shares = [[plan] for plan in plans] if self._parallel > 1 else [plans]
 
@@ -131,6 +152,14 @@ class Scorer:
                 raise
 
         return Started(prepared, outcome, time.perf_counter(), [self._pool.submit(run, share) for share in shares])
+
+    def _plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        most = self.max_pass_tokens
+        if self._backend.info.packed:
+            return plan_packed(lengths, most, self._batch_size, self._parallel)
+        if self._parallel > 1:
+            most = min(most, max(_LEAST_PASS_TOKENS, -(-sum(lengths) // self._parallel)))
+        return plan_passes(lengths, most, self._batch_size)
 
     def finish(self, started: Started) -> dict[str, Any]:
         """Wait for a batch; its `scored` frame. Call it in the order of `start`. Raises EngineSickError when the device is lost."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from reranker_worker.models.artefacts import Artefact, find_artefacts, is_artefact, is_stale, read_artefact, refusal
 from reranker_worker.models.errors import MISSING, UNSAFE, ModelError, shown
+from reranker_worker.models.manifest import verify_manifest
 from reranker_worker.models.verify import verify
 
 if TYPE_CHECKING:
@@ -27,25 +29,60 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model directory that passed `verify`. `revision` is the hub's commit where one is known."""
+    """A model directory that passed `verify`. `revision` is the hub's commit where one is known; `artefact` is set when the directory was
+    prewarmed, `stale` names an artefact of the same name that was made from other files and is not used."""
 
     name: str
     path: Path
     revision: str | None
-    source: str  # "bundled", "directory", "cache", "hub"
+    source: str  # "bundled", "directory", "cache", "hub", "artefact"
+    artefact: Artefact | None = None
+    stale: str = ""
 
 
-def resolve(config: Config, progress: Progress) -> ResolvedModel:
-    """The verified directory of `config.model`; raises ModelError. Touches the network only for a hub model that is not cached."""
+def resolve(config: Config, progress: Progress, *, use_artefacts: bool = True) -> ResolvedModel:
+    """The verified directory of `config.model`, prewarmed if there is such a one; raises ModelError.
+
+    Touches the network only for a hub model that is neither prewarmed nor cached.
+    """
+    _check_name(config.model)
+    candidates = find_artefacts(config) if use_artefacts else []
+    fixed = [artefact for artefact in candidates if artefact.source.revision and config.model_revision in ("", artefact.source.revision)]
+    if fixed:
+        # A hub model's artefact is of a commit, which never changes: the hub's cache, and its slow library, are not needed.
+        return _prewarmed(config, fixed[0], progress)
     model = _find(config, progress)
+    if is_artefact(model.path):
+        return _named_artefact(config, model, progress)
+    stale = ""
+    for artefact in candidates:
+        if not artefact.source.revision and not is_stale(artefact, model.path):
+            return _prewarmed(config, artefact, progress)
+        stale = f"The artefact {shown(artefact.path)} was made from other files than {shown(config.model)} has now and is not used; prewarm it again."
     verify(model.path, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code, progress=progress)
-    return model
+    return replace(model, stale=stale)
+
+
+def _check_name(name: str) -> None:
+    if not name.strip() or len(name) > 4096 or not name.isprintable():
+        raise ModelError(f"The model name {shown(name)} is empty, too long or holds control characters; name a directory or a hub id.", UNSAFE)
+
+
+def _prewarmed(config: Config, artefact: Artefact, progress: Progress) -> ResolvedModel:
+    verify_manifest(artefact.path, progress)
+    return ResolvedModel(config.model, artefact.path, artefact.source.revision, "artefact", artefact)
+
+
+def _named_artefact(config: Config, model: ResolvedModel, progress: Progress) -> ResolvedModel:
+    artefact = read_artefact(model.path)
+    problem = refusal(artefact, config)
+    if problem is not None:
+        raise ModelError(problem, UNSAFE)
+    return replace(_prewarmed(config, artefact, progress), name=artefact.source.model)
 
 
 def _find(config: Config, progress: Progress) -> ResolvedModel:
     name = config.model
-    if not name.strip() or len(name) > 4096 or not name.isprintable():
-        raise ModelError(f"The model name {shown(name)} is empty, too long or holds control characters; name a directory or a hub id.", UNSAFE)
     if name == "bundled":
         _refuse_revision(config)
         if not (BUNDLED_DIRECTORY / "config.json").is_file():

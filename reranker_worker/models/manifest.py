@@ -37,6 +37,17 @@ def verify_manifest(directory: Path, progress: Callable[[str, int, int], None]) 
             raise ModelError(f"{text} ({path.stat().st_size} bytes); fetch the model again.", CORRUPT)
 
 
+def write_manifest(directory: Path) -> None:
+    """Write the manifest of every other file in a directory and below it."""
+    lines = []
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST_NAME:
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    (directory / MANIFEST_NAME).write_text("".join(lines), encoding="utf-8")
+
+
 def parse_manifest(data: bytes) -> dict[str, str]:
     """{file name: lower-case sha256} from a manifest; raises ModelError(65) when it is not one."""
     entries: dict[str, str] = {}

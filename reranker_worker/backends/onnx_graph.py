@@ -1,0 +1,207 @@
+"""Writes an encoder as an ONNX graph of standard operators that takes packed pairs (see packing.py) and does nothing in vain.
+
+No padding outside of attention; in the last layer queries, feed-forward and normalization run for the first token of each pair alone, because
+nothing else reaches the score. Linear layers of one input are one multiplication. The same graph serves onnxruntime and OpenVINO.
+Reduced to int8, a linear layer's inputs are rounded by one fixed scale found by calibration, so that a pair's score does not depend on
+the pairs beside it; weights have a scale for each output.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from reranker_worker.backends.encoder import Linear, Norm
+from reranker_worker.backends.graph_files import GRAPH_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from reranker_worker.backends.encoder import Encoder, Layer
+
+_OPSET, _IR_VERSION = 20, 10
+_CONTRIB = "com.microsoft"
+# Smaller tensors stay in the graph's own file.
+_EXTERNAL_BYTES = 1024
+_ALIGNED_BYTES = 4096  # the mapping of a weight begins at a page
+_INT8_MAX, _UINT8_MAX = 127.0, 255.0
+
+
+class Range(NamedTuple):
+    """The least and the greatest number that one linear layer's input may hold in int8; what is beyond is cut off."""
+
+    low: float
+    high: float
+
+
+def save_graph(encoder: Encoder, directory: Path, ranges: Mapping[str, Range] | None = None, *, watch: bool = False) -> None:
+    """Write GRAPH_FILE and WEIGHTS_FILE; with `ranges` (by linear layer's name) the linear layers that it names are int8.
+
+    `watch` makes each linear layer's input an output of the layer's name, for calibration.
+    """
+    graph = _Graph(encoder, ranges or {})
+    with (directory / WEIGHTS_FILE).open("wb") as file:
+        weights = [_stored(name, array, file) for name, array in graph.weights.items()]
+    (directory / GRAPH_FILE).write_bytes(_model(graph, encoder, weights, watch).SerializeToString())
+
+
+def _stored(name: str, array: NDArray[Any], file: BinaryIO) -> Any:
+    """A weight, written to the file beside the graph (the runtime maps it into memory, and a graph may hold 2 GB at most)."""
+    if array.nbytes < _EXTERNAL_BYTES:
+        return numpy_helper.from_array(array, name)
+    file.write(bytes(-file.tell() % _ALIGNED_BYTES))
+    place = {"location": WEIGHTS_FILE, "offset": str(file.tell()), "length": str(array.nbytes)}
+    array.tofile(file)
+    tensor = TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), data_location=TensorProto.EXTERNAL)
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _model(graph: _Graph, encoder: Encoder, weights: list[Any], watch: bool) -> onnx.ModelProto:
+    inputs = [_value(name, TensorProto.INT64, ["tokens"]) for name in ("ids", "positions", "gather")]
+    if encoder.token_type is not None:
+        inputs.append(_value("types", TensorProto.INT64, ["tokens"]))
+    inputs.append(_value("spread", TensorProto.INT64, ["pairs", "longest"]))
+    inputs.append(_value("first", TensorProto.INT64, ["pairs"]))
+    inputs.append(_value("mask", TensorProto.FLOAT, ["pairs", 1, 1, "longest"]))
+    outputs = [_value("logits", TensorProto.FLOAT, ["pairs", len(encoder.classifier.bias)])]
+    if watch:
+        graph.nodes += [helper.make_node("Identity", [source], [name]) for name, source in graph.linears.items()]
+        outputs += [_value(name, TensorProto.FLOAT, None) for name in graph.linears]
+    made = helper.make_graph(graph.nodes, "cross-encoder", inputs, outputs, initializer=weights)
+    opsets = [helper.make_opsetid("", _OPSET), *([helper.make_opsetid(_CONTRIB, 1)] if graph.is_reduced else [])]
+    return helper.make_model(made, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="reranker_worker")
+
+
+def _value(name: str, kind: int, shape: list[str | int] | None) -> Any:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+class _Graph:
+    """The nodes and weights while they are being written. Methods take and give names of values."""
+
+    def __init__(self, encoder: Encoder, ranges: Mapping[str, Range]) -> None:
+        self.nodes: list[Any] = []
+        self.weights: dict[str, NDArray[Any]] = {}
+        self.linears: dict[str, str] = {}  # linear layer's name -> the value it reads
+        self._encoder = encoder
+        self._ranges = ranges
+        self._width = len(encoder.layers[0].query.bias)
+        self.is_reduced = bool(ranges)
+        self._write()
+
+    def _write(self) -> None:
+        encoder = self._encoder
+        self._constant("table_shape", np.array([0, 0, encoder.heads, self._width // encoder.heads]))
+        self._constant("row_shape", np.array([-1, self._width]))
+        self._constant("axis_1", np.array([1]))
+        state = self._embeddings()
+        for number, layer in enumerate(encoder.layers[:-1]):
+            state = self._layer(f"layer{number}", layer, state)
+        state = self._last_layer(f"layer{len(encoder.layers) - 1}", encoder.layers[-1], state)
+        # The head is small and decides the score: it stays float32.
+        state = self._activation(encoder.pooler_activation, self._linear("pooler", [encoder.pooler], state, exact=True))
+        self._node("Identity", [self._linear("classifier", [encoder.classifier], state, exact=True)], name="logits")
+
+    def _embeddings(self) -> str:
+        encoder = self._encoder
+        state = self._node("Gather", [self._constant("word", encoder.word), "ids"])
+        if encoder.word.dtype != np.float32:
+            state = self._node("Cast", [state], to=TensorProto.FLOAT)
+        state = self._node("Add", [state, self._node("Gather", [self._constant("position", encoder.position), "positions"])])
+        if encoder.token_type is not None:
+            state = self._node("Add", [state, self._node("Gather", [self._constant("token_type", encoder.token_type), "types"])])
+        state = self._norm("embedding_norm", encoder.embedding_norm, state)
+        return state if encoder.projection is None else self._linear("projection", [encoder.projection], state)
+
+    def _layer(self, name: str, layer: Layer, state: str) -> str:
+        joined = self._linear(name + ".attention", [self._scaled(layer.query), layer.key, layer.value], state)
+        query, key, value = self._split(self._node("Gather", [joined, "spread"]), 3)
+        context = self._attention(self._heads(query), key, value)
+        context = self._node("Gather", [context, "gather"])
+        return self._feed_forward(name, layer, context, state)
+
+    def _last_layer(self, name: str, layer: Layer, state: str) -> str:
+        first = self._node("Gather", [state, "first"])
+        query = self._linear(name + ".query", [self._scaled(layer.query)], first)
+        joined = self._linear(name + ".key_value", [layer.key, layer.value], state)
+        key, value = self._split(self._node("Gather", [joined, "spread"]), 2)
+        context = self._attention(self._heads(self._node("Unsqueeze", [query, "axis_1"])), key, value)
+        return self._feed_forward(name, layer, context, first)
+
+    def _scaled(self, query: Linear) -> Linear:
+        """The query with the attention's 1 / sqrt(width of a head) in its weights."""
+        scale = np.float32(1.0 / np.sqrt(self._width // self._encoder.heads))
+        return Linear(query.weight * scale, query.bias * scale)
+
+    def _split(self, joined: str, count: int) -> list[str]:
+        names = [f"{joined}_part{number}" for number in range(count)]
+        self.nodes.append(helper.make_node("Split", [joined], names, axis=2, num_outputs=count))
+        return names
+
+    def _heads(self, table: str, order: Sequence[int] = (0, 2, 1, 3)) -> str:
+        """(pairs, longest, width) to (pairs, heads, longest, width of a head), or another order of these."""
+        return self._node("Transpose", [self._node("Reshape", [table, "table_shape"])], perm=list(order))
+
+    def _attention(self, query: str, key: str, value: str) -> str:
+        """Rows of (pairs * queries, width)."""
+        scores = self._node("MatMul", [query, self._heads(key, (0, 2, 3, 1))])
+        weights = self._node("Softmax", [self._node("Add", [scores, "mask"])], axis=-1)
+        context = self._node("Transpose", [self._node("MatMul", [weights, self._heads(value)])], perm=[0, 2, 1, 3])
+        return self._node("Reshape", [context, "row_shape"])
+
+    def _feed_forward(self, name: str, layer: Layer, context: str, state: str) -> str:
+        """The rest of a layer behind its attention; `state` is what went in."""
+        added = self._node("Add", [self._linear(name + ".attention_output", [layer.attention_output], context), state])
+        state = self._norm(name + ".attention_norm", layer.attention_norm, added)
+        inner = self._activation(self._encoder.activation, self._linear(name + ".up", [layer.up], state))
+        added = self._node("Add", [self._linear(name + ".down", [layer.down], inner), state])
+        return self._norm(name + ".output_norm", layer.output_norm, added)
+
+    def _linear(self, name: str, parts: Sequence[Linear], state: str, *, exact: bool = False) -> str:
+        weight = np.concatenate([part.weight for part in parts])
+        bias = np.concatenate([part.bias for part in parts])
+        if not exact:
+            self.linears[name] = state
+        if name in self._ranges and not exact:
+            return self._int8_linear(name, weight, bias, state)
+        return self._node("Gemm", [state, self._constant(name + ".weight", weight), self._constant(name + ".bias", bias)], transB=1)
+
+    def _int8_linear(self, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32], state: str) -> str:
+        seen = self._ranges[name]
+        low, high = min(0.0, seen.low), max(0.0, seen.high)
+        scale = np.float32(max(high - low, 1e-6) / _UINT8_MAX)
+        zero = np.uint8(np.clip(np.rint(-low / scale), 0, _UINT8_MAX))
+        weight = weight.T
+        steps = np.maximum(np.abs(weight).max(axis=0) / np.float32(_INT8_MAX), np.float32(1e-12))
+        rounded = np.clip(np.rint(weight / steps), -_INT8_MAX, _INT8_MAX).astype(np.int8)
+        step, point = self._constant(name + ".input_scale", np.array(scale)), self._constant(name + ".input_zero", np.array(zero))
+        inputs = [self._node("QuantizeLinear", [state, step, point]), self._constant(name + ".weight", rounded), step]
+        inputs += [self._constant(name + ".scale", steps), point, "", self._constant(name + ".bias", bias)]
+        return self._node("MatMulIntegerToFloat", inputs, domain=_CONTRIB)
+
+    def _norm(self, name: str, norm: Norm, state: str) -> str:
+        inputs = [state, self._constant(name + ".weight", norm.weight), self._constant(name + ".bias", norm.bias)]
+        return self._node("LayerNormalization", inputs, axis=-1, epsilon=self._encoder.epsilon)
+
+    def _activation(self, name: str, state: str) -> str:
+        if name in ("gelu", "gelu_tanh"):
+            return self._node("Gelu", [state], approximate="tanh" if name == "gelu_tanh" else "none")
+        return self._node({"relu": "Relu", "tanh": "Tanh"}[name], [state])
+
+    def _constant(self, name: str, values: NDArray[Any]) -> str:
+        array = np.asarray(values, dtype=np.int64) if values.dtype.kind == "i" and values.dtype != np.int8 else values
+        self.weights[name] = np.ascontiguousarray(array)
+        return name
+
+    def _node(self, kind: str, inputs: list[str], *, domain: str = "", name: str = "", **attributes: Any) -> str:
+        name = name or f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes))
+        return name

@@ -1,0 +1,51 @@
+"""Pairs of different lengths laid end to end, so that no forward pass computes padding.
+
+Everything but attention works on the tokens of all pairs as one long row. For attention alone they are spread into a table of
+(pairs, longest pair), whose empty places are masked, and gathered again: of nearly equal lengths that costs little.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from reranker_worker.backends.texts import PairIds
+
+# Added to the attention of an empty place: exp of it is 0 in every precision, and unlike -inf it never makes a NaN.
+_MASKED = -30000.0
+
+
+class Packed(NamedTuple):
+    """One pass over n pairs with T tokens in all and L in the longest."""
+
+    ids: NDArray[np.int64]  # (T,) token ids
+    types: NDArray[np.int64]  # (T,) token types
+    positions: NDArray[np.int64]  # (T,) each token's place in its pair
+    spread: NDArray[np.int64]  # (n, L) which token stands at this place of the table; 0 at an empty one
+    gather: NDArray[np.int64]  # (T,) where in the flattened table each token stands
+    first: NDArray[np.int64]  # (n,) the first token of each pair
+    mask: NDArray[np.float32]  # (n, 1, 1, L) added to the attention scores
+
+
+def pack(pairs: Sequence[PairIds]) -> Packed:
+    """Lay one or more pairs end to end, in their order."""
+    lengths = np.fromiter((len(pair.ids) for pair in pairs), dtype=np.int64, count=len(pairs))
+    total, longest = int(lengths.sum()), int(lengths.max())
+    starts = np.cumsum(lengths) - lengths
+    places = np.arange(longest)
+    filled = places[None, :] < lengths[:, None]
+    return Packed(
+        ids=np.fromiter((number for pair in pairs for number in pair.ids), dtype=np.int64, count=total),
+        types=np.fromiter((number for pair in pairs for number in pair.type_ids), dtype=np.int64, count=total),
+        positions=np.arange(total) - np.repeat(starts, lengths),
+        spread=np.where(filled, starts[:, None] + places, 0),
+        gather=np.flatnonzero(filled),
+        first=starts,
+        mask=np.where(filled, np.float32(0), np.float32(_MASKED))[:, None, None, :],
+    )
