@@ -1,4 +1,4 @@
-"""The commands: serve (default), rerank, check. `serve` claims stdout before anything is imported that could print."""
+"""The commands: serve (default), prewarm, check, bench, rerank. `serve` claims stdout before anything is imported that could print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 64
 INTERNAL_ERROR = 70
-COMMANDS = ("serve", "rerank", "check")
+COMMANDS = ("serve", "prewarm", "check", "bench", "rerank")
 HELP = frozenset({"-h", "--help", "--version"})
 
 
