@@ -19,6 +19,12 @@ settings.load_profile("suite")
 Spawn = Callable[..., Host]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_artefacts_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the user has prewarmed must not decide how a test goes."""
+    os.environ["RERANKING_ARTEFACTS"] = str(tmp_path_factory.mktemp("artefacts"))
+
+
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
     """`spawn("--flag", ..., env={...}, stderr="never", ...)`: a Host with a running worker. At the end of the test each worker must

@@ -320,8 +320,9 @@ class Host:
 
 
 def environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without settings of the worker, plus `changes`."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RERANKING_")} | dict(changes)
+    """This process's environment without settings of the worker (but where the tests' artefacts are), plus `changes`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RERANKING_") or name == "RERANKING_ARTEFACTS"}
+    return kept | dict(changes)
 
 
 def request(documents: Sequence[Any], query: str = "query", **fields: Any) -> dict[str, Any]:

@@ -104,7 +104,18 @@ def _build_model(architecture: str, vocabulary: int, options: TinyOptions) -> An
     else:
         raise ValueError(f"no tiny architecture is called {architecture!r}; there are {', '.join(ARCHITECTURES)}")
     loader = t.AutoModelForSequenceClassification if options.head else t.AutoModel
-    return loader.from_config(config)
+    return _unsettled(loader.from_config(config))
+
+
+def _unsettled(model: Any) -> Any:
+    """The model with biases that are not 0 and normalizations that are not 1, as after training: else nobody sees that one is left out."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += torch.randn_like(parameter) * 0.1
+    return model
 
 
 def sentences() -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Which backend runs a model: what the settings name, or the fastest that is installed and certain to give the model's own scores.
 
-Measured on 2 cores with MiniLM-L6 in exact float32 (pairs per second): OpenVINO 157, packed torch 144, ONNX Runtime 134, the general
-torch path 90. ONNX Runtime comes first all the same unless OpenVINO was installed on purpose: it starts in a third of torch's time and holds
-a quarter of its memory, and a worker beside a database is judged by all three.
+Measured on 2 cores with MiniLM-L6 and mixed passages in exact float32, in turns: OpenVINO 169 pairs per second, packed torch 163, ONNX Runtime 157,
+the general torch path 120. ONNX Runtime comes first all the same: it is ready in half of OpenVINO's time and a quarter of torch's, and
+holds half and a third of their memory; a worker beside a database is judged by all three.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def choose_backend(config: Config, model: ResolvedModel, threads: int, log: Call
     for name in names[:-1]:
         try:
             return _open(name, dtype, config, model, threads)
-        except UnsupportedModelError as error:
+        except (UnsupportedModelError, BackendError) as error:
             log(f"the backend {name} cannot run the model ({error}); trying the next")
     try:
         return _open(names[-1], dtype, config, model, threads)
@@ -64,7 +64,7 @@ def _candidates(config: Config, dtype: str) -> list[str]:
             raise BackendError(text, _UNSAFE)
         return [config.backend]
     elsewhere = config.device not in ("auto", "cpu") or (config.device == "auto" and may_have_accelerator())
-    light = [] if elsewhere else [name for name in ("openvino", "onnx") if _is_installed(_RUNTIMES[name])]
+    light = [] if elsewhere else [name for name in ("onnx", "openvino") if _is_installed(_RUNTIMES[name])]
     return [*(name for name in light if dtype in _PRECISIONS[name]), "torch"]
 
 
@@ -82,13 +82,18 @@ def _open(name: str, dtype: str, config: Config, model: ResolvedModel, threads: 
         raise BackendError(text, _UNSAFE)
     if model.artefact is not None:
         return _open_graph(name, dtype, config, model.path, model.path, model.artefact.positions, threads)
-    with tempfile.TemporaryDirectory(prefix="reranker-") as scratch:
-        # Mapped files live on when their names are gone.
-        return _open_graph(name, dtype, config, model.path, Path(scratch), write_graph(model.path, Path(scratch)), threads)
+    try:
+        with tempfile.TemporaryDirectory(prefix="reranker-") as scratch:
+            positions = write_graph(model.path, Path(scratch))
+            # Mapped files live on when their names are gone.
+            return _open_graph(name, dtype, config, model.path, Path(scratch), positions, threads)
+    except OSError as error:
+        text = f"The model's graph cannot be written ({error.strerror}); prewarm the model, or set TMPDIR to a place that has room."
+        raise BackendError(text, _UNFIT) from error
 
 
 def write_graph(model: Path, directory: Path) -> int:
-    """Write the float32 graph of a model directory; returns how many tokens it can number. Raises UnsupportedModelError, BackendError(71)."""
+    """Write the float32 graph of a model directory; returns how many tokens it can number. Raises UnsupportedModelError, OSError."""
     from reranker_worker.backends.declared import read_declared
     from reranker_worker.backends.encoder import read_encoder
 
@@ -96,13 +101,9 @@ def write_graph(model: Path, directory: Path) -> int:
     encoder = read_encoder(model, declared.config, typed=declared.typed)
     try:
         from reranker_worker.backends.onnx_graph import save_graph
-
-        save_graph(encoder, directory)
     except ModuleNotFoundError as error:
         raise BackendError(f"The Python package {error.name} is not installed; install it, or prewarm the model elsewhere.", _UNSAFE) from error
-    except OSError as error:
-        text = f"The model's graph cannot be written to {directory} ({error.strerror}); prewarm the model, or set TMPDIR to a place that has room."
-        raise BackendError(text, _UNFIT) from error
+    save_graph(encoder, directory)
     return len(encoder.position)
 
 
@@ -120,6 +121,12 @@ def _open_graph(name: str, dtype: str, config: Config, model: Path, graph: Path,
 
 
 def _open_torch(config: Config, model: ResolvedModel, threads: int) -> Backend:
-    from reranker_worker.backends.torch import TorchBackend
+    """The lean path for BERT-like models; any other through sentence-transformers, which takes some seconds more to import."""
+    from reranker_worker.backends.torch_packed import open_packed
 
-    return TorchBackend(config, model, threads)
+    try:
+        return open_packed(config, model, threads)
+    except UnsupportedModelError:
+        from reranker_worker.backends.torch import TorchBackend
+
+        return TorchBackend(config, model, threads)

@@ -54,6 +54,8 @@ def _open(graph: Path, dtype: str) -> Any:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL_ONLY
+    # A plan of the memory for every shape ever seen: no faster (ratio 0.98 to 1.02 in turns), and 80 MiB after a hundred passes.
+    options.enable_mem_pattern = False
     # The runtime's fused kernel for sum and normalization is a quarter of an int8 pass and half as fast as the two alone (measured, 1.31).
     unwanted = ["SkipLayerNormFusion"]
     try:

@@ -11,7 +11,8 @@ from reranker_worker.backends import BackendError, BackendInfo, OutOfMemoryError
 from reranker_worker.backends.chat_templates import MessageTokenizer
 from reranker_worker.backends.labels import relevance_index
 from reranker_worker.backends.texts import PairIds, PairTokenizer, supports_pairs
-from reranker_worker.backends.torch_loading import is_out_of_memory, load_cross_encoder, longest_pair, resolve_device, use_threads
+from reranker_worker.backends.torch_device import is_out_of_memory, release_memory, resolve_device, use_threads
+from reranker_worker.backends.torch_loading import load_cross_encoder, longest_pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -85,7 +86,7 @@ class TorchBackend:
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler, so that the traceback no longer holds the failed pass's tensors when the cache is emptied.
-        self._release_memory()
+        release_memory(self._device)
         raise OutOfMemoryError(f"{len(pairs)} pairs of at most {max(len(pair.ids) for pair in pairs)} tokens did not fit into memory")
 
     def activate(self, logits: list[float]) -> list[float]:
@@ -146,12 +147,6 @@ class TorchBackend:
             return list(rows.reshape(-1).tolist())
         others = torch.cat([rows[:, : self._label], rows[:, self._label + 1 :]], dim=1)
         return list((rows[:, self._label] - torch.logsumexp(others, dim=1)).tolist())
-
-    def _release_memory(self) -> None:
-        releases = {"cuda": torch.cuda.empty_cache, "xpu": torch.xpu.empty_cache, "mps": torch.mps.empty_cache}
-        release = releases.get(self._device.type)
-        if release is not None:
-            release()
 
 
 def versions() -> dict[str, str]:

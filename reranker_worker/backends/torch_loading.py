@@ -13,9 +13,10 @@ import transformers
 from torch import nn
 
 from reranker_worker.backends import BackendError
+from reranker_worker.backends.torch_device import is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
@@ -54,36 +55,6 @@ def load_cross_encoder(config: Config, model: ResolvedModel, device: torch.devic
         _refuse_untrained(network, report, model.name)
     loaded.eval()
     return loaded
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device that `name` means; "auto" is the first of cuda, xpu, mps and cpu that is there. Raises BackendError(71, 78)."""
-    present = {"cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = next(kind for kind, there in present.items() if there) if name == "auto" else name.strip().lower()
-    kind, colon, number = wanted.partition(":")
-    if kind not in present or (colon and not number.isdecimal()):
-        raise BackendError(f"RERANKING_DEVICE={name!a} is not a device; use auto, cpu, cuda, cuda:N, xpu or mps.", _UNSAFE)
-    if not present[kind]:
-        there = ", ".join(other for other, here in present.items() if here)
-        raise BackendError(f"The device {name!a} is not present on this machine (present: {there}); set RERANKING_DEVICE=auto.", _UNFIT)
-    counted: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
-    if kind not in counted:
-        return torch.device(kind)
-    index, count = int(number or 0), counted[kind]()
-    if index >= count:
-        raise BackendError(f"The device {name!a} is not present: this machine has {count} (numbered from 0).", _UNFIT)
-    return torch.device(kind, index)
-
-
-def use_threads(threads: int) -> None:
-    """Give torch exactly `threads` CPU threads; one pass runs at a time, so there is nothing to do between operators."""
-    torch.set_num_threads(max(1, threads))
-    if torch.get_num_interop_threads() != 1:
-        try:
-            torch.set_num_interop_threads(1)
-        except RuntimeError:
-            # Can be set only before the first parallel work of a process; a second backend in one process (tests) keeps what there is.
-            logging.getLogger(__name__).debug("the number of interop threads is already fixed")
 
 
 def silence_libraries() -> None:
@@ -148,12 +119,3 @@ def _explained(error: Exception, name: str, device: torch.device) -> BackendErro
     if isinstance(error, ImportError):
         return BackendError(f"The model {name!a} needs a package that is not installed: {reason!a}", _UNSAFE)
     return BackendError(f"The model {name!a} cannot be loaded ({type(error).__name__}: {reason!a}).", _CORRUPT)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory, of the device or the machine, did not suffice."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(word in text for word in words)

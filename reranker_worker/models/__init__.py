@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reranker_worker.models.artefacts import Artefact, find_artefacts, is_artefact, is_stale, read_artefact, refusal
+from reranker_worker.models.artefacts import BUNDLED_DIRECTORY, Artefact, find_artefacts, is_artefact, is_stale, read_artefact, refusal
 from reranker_worker.models.errors import MISSING, UNSAFE, ModelError, shown
 from reranker_worker.models.manifest import verify_manifest
 from reranker_worker.models.verify import verify
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
 
 __all__ = ["BUNDLED_DIRECTORY", "ModelError", "Progress", "ResolvedModel", "resolve", "verify"]
-
-BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
 
 # (stage, done_bytes, total_bytes); stage is "download" or "verify". It may be called from any thread, one call at a time.
 Progress = Callable[[str, int, int], None]

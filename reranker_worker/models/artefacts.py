@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from reranker_worker.config import Config
 
+BUNDLED_DIRECTORY = Path(__file__).parent / "bundled"
 ARTEFACT_FILE = "artefact.json"
 # Raised whenever older artefacts would give other scores or cannot be opened any more.
 FORMAT = 1
@@ -92,9 +93,11 @@ def artefact_name(model: str, backend: str, dtype: str) -> str:
 
 
 def key_of(config: Config) -> str:
-    """The name under which a model's artefacts are kept: a directory's is absolute, so that it means the same from everywhere."""
-    path = os.path.expanduser(config.model)
-    return os.path.abspath(path) if config.model != "bundled" and os.path.isdir(path) else config.model
+    """The name under which a model's artefacts are kept: a directory's is its real path, so that it means the same from everywhere."""
+    path = os.path.realpath(os.path.expanduser(config.model))
+    if config.model == "bundled" or not os.path.isdir(path):
+        return config.model
+    return "bundled" if path == os.path.realpath(BUNDLED_DIRECTORY) else path
 
 
 def find_artefacts(config: Config) -> list[Artefact]:

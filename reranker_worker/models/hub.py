@@ -42,7 +42,7 @@ def find_on_hub(config: Config, progress: Callable[[str, int, int], None]) -> tu
         return cached, "cache"
     if constants.HF_HUB_OFFLINE or config.local_files_only:
         text = f"The model {shown(config.model)}{_at(config)} is not in the local cache and the network is switched off; "
-        raise ModelError(text + "run `python -m reranker_worker check` with the network once, or name a directory.", MISSING)
+        raise ModelError(text + "run `python -m reranker_worker prewarm` with the network once, or name a directory.", MISSING)
     return _download(config, progress), "hub"
 
 

@@ -38,6 +38,12 @@ def refused(path: Path, **settings: Any) -> BackendError:
     return caught.value
 
 
+def by_the_library(path: Path) -> Backend:
+    from reranker_worker.backends.torch import TorchBackend
+
+    return TorchBackend(Config(device="cpu"), ResolvedModel(str(path), path, None, "directory"), 1)
+
+
 def predicted(path: Path, pairs: list[tuple[str, str]]) -> list[float]:
     import torch
     from sentence_transformers import CrossEncoder
@@ -126,15 +132,22 @@ def test_weights_stored_in_half_precision_are_read_as_the_library_reads_them(dty
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(path / "model.safetensors").items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     pairs = some_pairs(5, 20)
-    general = open_backend(Config(backend="torch", device="cpu"), ResolvedModel(str(path), path, None, "directory"), 1)
+    general = by_the_library(path)
     assert farthest(logits_of(opened(path), pairs), logits_of(general, pairs)) < PARITY
     assert farthest(logits_of(opened(path), pairs), predicted(tiny("bert"), pairs)) > 1e-6, "rounding is seen"
+
+
+def test_an_untyped_model_is_given_no_token_types(tiny: ModelMaker, tmp_path: Path) -> None:
+    path = changed(tiny("bert"), tmp_path / "untyped", "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    pairs = some_pairs(7, 12)
+    assert farthest(logits_of(opened(path), pairs), predicted(path, pairs)) < PARITY
+    assert farthest(logits_of(opened(path), pairs), logits_of(opened(tiny("bert")), pairs)) > PARITY
 
 
 def test_of_several_labels_the_logit_is_the_log_odds_of_the_relevant_one(tiny: ModelMaker) -> None:
     path = tiny("bert", num_labels=3, labels=("irrelevant", "partly", "relevant"))
     backend = opened(path)
-    general = opened(path, backend="torch")
+    general = by_the_library(path)
     pairs = some_pairs(6, 12)
     assert (backend.info.num_labels, backend.info.relevance_label) == (3, "relevant")
     assert farthest(logits_of(backend, pairs), logits_of(general, pairs)) < PARITY
@@ -145,7 +158,7 @@ def test_of_several_labels_the_logit_is_the_log_odds_of_the_relevant_one(tiny: M
 @pytest.mark.parametrize("name", ["activation.Sigmoid", "linear.Identity"])
 def test_activate_gives_what_predict_gives_by_default(name: str, tiny: ModelMaker) -> None:
     path = tiny("bert", config={"sentence_transformers": {"activation_fn": f"torch.nn.modules.{name}"}})
-    backend, general = opened(path), opened(path, backend="torch")
+    backend, general = opened(path), by_the_library(path)
     assert backend.info.activation == general.info.activation == name.rpartition(".")[2].lower()
     values = [-90.0, -1.5, 0.0, 0.25, 90.0]
     assert farthest(backend.activate(values), general.activate(values)) < 1e-6
@@ -257,7 +270,9 @@ def test_the_info_tells_what_is_loaded(tiny: ModelMaker) -> None:
     assert set(versions()) == {"onnxruntime", "tokenizers", "numpy"}
 
 
-def test_without_a_place_for_the_graph_the_start_fails_with_a_sentence(tiny: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_place_for_the_graph_onnx_fails_with_a_sentence_and_auto_goes_on(
+    tiny: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -265,6 +280,7 @@ def test_without_a_place_for_the_graph_the_start_fails_with_a_sentence(tiny: Mod
     error = refused(tiny("bert"))
     assert error.exit_code == 71
     assert "TMPDIR" in str(error)
+    assert opened(tiny("bert"), backend="auto").info.backend == "torch"
 
 
 IMPORTS_NOTHING_HEAVY = """

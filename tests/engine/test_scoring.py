@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from reranker_worker.backends import BackendInfo, OutOfMemoryError, Pair, Tokens
 from reranker_worker.config import Config
-from reranker_worker.engine.scoring import EngineSickError, Scorer, plan_passes
+from reranker_worker.engine.scoring import EngineSickError, Scorer, plan_packed, plan_passes
 
 Rule = Callable[[list[str]], Exception | None]
 
@@ -75,6 +76,35 @@ def test_passes_hold_every_pair_once_within_both_limits(lengths: list[int], toke
 def test_passes_go_from_long_to_short_and_ties_keep_their_order(lengths: list[int], tokens: int, pairs: int) -> None:
     order = [index for plan in plan_passes(lengths, tokens, pairs) for index in plan]
     assert order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+
+
+@given(LENGTHS, st.integers(1, 5000), st.integers(1, 40), st.integers(1, 4))
+def test_packed_passes_hold_every_pair_once_and_tokens_within_half_a_pair(lengths: list[int], tokens: int, pairs: int, parallel: int) -> None:
+    passes = plan_packed(lengths, tokens, pairs, parallel)
+    assert sorted(index for plan in passes for index in plan) == list(range(len(lengths)))
+    assert [index for plan in passes for index in plan] == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for plan in passes:
+        assert 1 <= len(plan) <= pairs
+        assert len(plan) == 1 or sum(lengths[index] for index in plan) <= tokens + max(lengths)
+
+
+@given(st.lists(st.integers(20, 60), min_size=40, max_size=80), st.integers(2, 4))
+def test_packed_passes_are_even_and_busy_all_threads_to_the_end(lengths: list[int], parallel: int) -> None:
+    passes = plan_packed(lengths, 512, 1000, parallel)
+    sums = [sum(lengths[index] for index in plan) for plan in passes]
+    assert len(passes) % parallel == 0
+    assert max(sums) - min(sums) <= 2 * max(lengths)
+
+
+def test_a_few_short_pairs_are_not_cut_into_crumbs() -> None:
+    assert plan_packed([30, 20, 40], 512, 32, 4) == [[2, 0, 1]]
+
+
+def test_a_backend_that_pads_nothing_is_given_even_passes() -> None:
+    room = Room(max_pass_tokens=512)
+    room.info = replace(room.info, packed=True, parallel_passes=2, max_length=600)
+    score(room, "a" * 300, *["b" * 30] * 10)
+    assert sorted(map(len, room.passes)) == [1, 10]
 
 
 def test_pairs_of_like_length_share_a_pass() -> None:

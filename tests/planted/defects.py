@@ -43,6 +43,14 @@ _RESTARTS = "reranker_worker/engine/restarts.py"
 _SCORING = "reranker_worker/engine/scoring.py"
 _FRAMES = "reranker_worker/engine/frames.py"
 _QUARANTINE = "reranker_worker/quarantine.py"
+_PACKING = "reranker_worker/backends/packing.py"
+_ENCODER = "reranker_worker/backends/encoder.py"
+_GRAPH = "reranker_worker/backends/onnx_graph.py"
+_CHOOSING = "reranker_worker/backends/choosing.py"
+_ARTEFACTS = "reranker_worker/models/artefacts.py"
+_MAKING = "reranker_worker/prewarm/making.py"
+_ONNX = "tests/backends/test_onnx.py"
+_PREWARM = "tests/prewarm"
 
 DEFECTS = [
     # --- transport
@@ -103,4 +111,21 @@ DEFECTS = [
     Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),
     Defect("a partial answer hides what it lacks", "answers", _ANSWERS, "if score is None]", "if score is None and False]", _transcript("10_")),
     Defect("answers are not ASCII", "answers", _ANSWERS, "if text.isascii():", "if True:", _transcript("04_")),
+    # --- backends
+    Defect("padding is attended to", "backends", _PACKING, "_MASKED = -30000.0", "_MASKED = 0.0", _ONNX),
+    Defect("positions go on from pair to pair", "backends", _PACKING, "positions=np.arange(total) - np.repeat(starts, lengths),", "positions=np.arange(total),", _ONNX),
+    Defect("token types of an untyped model are used", "backends", _ENCODER, "(len(token_type) == 1 or not typed)", "len(token_type) == 1", "tests/backends/test_onnx.py -k untyped"),
+    Defect("RoBERTa's positions begin at zero", "backends", _ENCODER, "    if names.first_position:", "    if False:", _ONNX),
+    Defect("the last layer's residual is another token", "backends", _GRAPH, "return self._feed_forward(name, layer, context, first)", 'return self._feed_forward(name, layer, context, self._node("Gather", [state, "gather"]))', _ONNX),
+    Defect("a leftover tensor is overlooked", "backends", _ENCODER, "    reader.refuse_leftovers()\n", "", "tests/backends/test_onnx.py -k something_else"),
+    Defect("int8 without a check of its ranking", "backends", _CHOOSING, 'if dtype == "int8":', "if False:", "tests/backends/test_onnx.py -k precision"),
+    Defect("auto never looks for an accelerator", "backends", _CHOOSING, '(config.device == "auto" and may_have_accelerator())', "False", "tests/backends/test_choosing.py"),
+    Defect("bfloat16 is read as whole numbers", "backends", "reranker_worker/models/safetensors.py", 'if tensor.dtype == "BF16":', "if False:", _ONNX),
+    # --- prewarming
+    Defect("a stale artefact is used", "prewarming", _ARTEFACTS, "            return True\n    return False", "            pass\n    return False", _PREWARM),
+    Defect("a damaged artefact is not noticed", "prewarming", _MAKING, "    verify_manifest(target, progress)\n", "", _PREWARM),
+    Defect("an artefact is put in its place before it is compared", "prewarming", _MAKING, "    if problem is not None:\n", "    if False:\n", _PREWARM),
+    Defect("two runs at once do not wait for each other", "prewarming", _MAKING, "            fcntl.flock(file, fcntl.LOCK_EX)\n", "", _PREWARM),
+    Defect("an artefact of another precision is used", "prewarming", _ARTEFACTS, 'and config.dtype in ("auto", artefact.dtype)', "", _PREWARM),
+    Defect("a foreign directory is replaced", "prewarming", _MAKING, "if output and target.exists() and not is_artefact(target)", "if False and not is_artefact(target)", _PREWARM),
 ]

@@ -10,7 +10,7 @@ import pytest
 from tests.planted.defects import DEFECTS, Defect
 
 ROOT = Path(__file__).resolve().parents[2]
-AREAS = {"transport", "framing", "parsing", "admission", "ordering", "scheduling", "supervision", "drain", "scoring", "answers"}
+AREAS = set("transport framing parsing admission ordering scheduling supervision drain scoring answers backends prewarming".split())
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name.replace(" ", "-"))

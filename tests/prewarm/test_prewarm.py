@@ -1,0 +1,221 @@
+"""`prewarm` makes an artefact that serves at once, is never used for another model, and is whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from host import Host
+
+ModelMaker = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 120
+
+
+def prewarm(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "reranker_worker", "prewarm", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+
+
+def made(*arguments: Any) -> dict[str, Any]:
+    done = prewarm("--json", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def refused(exit_code: int, *arguments: Any) -> str:
+    done = prewarm(*arguments)
+    assert done.returncode == exit_code, done.stdout + done.stderr
+    assert done.stderr.startswith("prewarm: ")
+    assert done.stderr.count("\n") == 1, "one sentence"
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tiny: ModelMaker) -> Path:
+    return tiny("bert", layers=2)
+
+
+@pytest.fixture(scope="module")
+def artefact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 artefact of the tiny model, made by the command."""
+    place = tmp_path_factory.mktemp("made") / "artefact"
+    facts = made("--model", model, "--output", place)
+    assert facts["path"] == str(place)
+    return place
+
+
+@pytest.fixture
+def copied(artefact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artefact, tmp_path / "copied"))
+
+
+def scores(host: Host) -> list[float]:
+    host.wait_ready(DEADLINE_S)
+    return list(host.ask({"id": 1, "query": "where is the boat", "documents": ["the boat is on the lake", "bread and milk"]})["scores"])
+
+
+# --- making ------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_artefact_tells_what_it_is_and_how_near_it_is_to_the_reference(artefact: Path, model: Path) -> None:
+    told = json.loads((artefact / "artefact.json").read_text())
+    assert (told["backend"], told["dtype"], told["source"]["model"]) == ("onnx", "float32", str(model))
+    assert told["parity"]["max_difference"] < 1e-4
+    assert told["parity"]["kendall_tau"] > 0.99
+    assert told["parity"]["ndcg"] == pytest.approx(told["parity"]["reference_ndcg"], abs=0.01)
+    assert set(told["versions"]) == {"onnxruntime", "tokenizers", "numpy"}
+    assert not list(artefact.glob("*.safetensors")), "the weights are in it once"
+
+
+def test_a_second_run_finds_it_there_and_changes_nothing(model: Path, copied: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in copied.iterdir()}
+    assert made("--model", model, "--output", copied)["was_there"]
+    assert {path.name: path.stat().st_mtime_ns for path in copied.iterdir()} == before
+
+
+def test_runs_at_the_same_time_make_one_whole_artefact(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "reranker_worker", "prewarm", "--json", "--model", str(model), "--artefacts", str(tmp_path / "shared")]
+    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
+    facts = [json.loads(run.communicate(timeout=DEADLINE_S)[0]) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert sorted(fact["was_there"] for fact in facts) == [False, True, True]
+    assert len([path for path in (tmp_path / "shared").iterdir() if path.is_dir()]) == 1
+    assert made("--check", "--model", model, "--artefacts", tmp_path / "shared")["ok"]
+
+
+def test_what_an_interrupted_run_left_is_cleared_away(model: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".artefact.abc.tmp"
+    left.mkdir()
+    (left / "model.weights").write_bytes(b"half")
+    made("--model", model, "--output", tmp_path / "artefact")
+    assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".artefact.lock", "artefact"]
+
+
+def test_int8_moves_scores_a_little_and_halves_the_weights(model: Path, artefact: Path, tmp_path: Path) -> None:
+    facts = made("--model", model, "--dtype", "int8", "--output", tmp_path / "small")
+    assert facts["parity"]["max_difference"] > 1e-6
+    assert facts["parity"]["kendall_tau"] > 0.8
+    weights = [(place / "model.weights").stat().st_size for place in (tmp_path / "small", artefact)]
+    assert weights[0] < weights[1]
+
+
+def test_a_model_that_graphs_cannot_hold_is_prewarmed_for_torch(tiny: ModelMaker, tmp_path: Path) -> None:
+    facts = made("--model", tiny("modernbert"), "--output", tmp_path / "other")
+    assert (facts["backend"], facts["dtype"]) == ("torch", "float32")
+    assert "modernbert" in refused(78, "--model", tiny("modernbert"), "--backend", "onnx", "--output", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_scores_that_are_not_the_models_own_make_no_artefact(model: Path, tmp_path: Path) -> None:
+    # A reference that differs, from the outside: the same directory with other weights behind sentence-transformers' back.
+    program = """
+import sys
+from reranker_worker.prewarm import making
+import reranker_worker.backends.torch as reference
+honest = reference.TorchBackend.score
+reference.TorchBackend.score = lambda self, batch: [logit + 0.01 for logit in honest(self, batch)]
+from reranker_worker.cli import main
+main(["prewarm", *sys.argv[1:]])
+"""
+    command = [sys.executable, "-c", program, "--model", str(model), "--output", str(tmp_path / "wrong")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.returncode == 65
+    assert "a logit differs by 0.01" in done.stderr
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (("--model", "/nowhere/at/all"), 66, "does not exist"),
+        (("--backend", "fake"), 64, "no model"),
+        (("--dtype", "int4"), 64, "int8"),
+        (("--model", "bundled", "--revision", "abc"), 78, "revision"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence_and_an_exit_code(arguments: tuple[str, ...], exit_code: int, words: str, tmp_path: Path) -> None:
+    assert words in refused(exit_code, *arguments, "--artefacts", tmp_path)
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    assert "no artefact" in refused(73, "--model", model, "--output", tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--output" in refused(73, "--model", model, "--output", tmp_path / "file" / "below")
+
+
+# --- checking ----------------------------------------------------------------------------------------------------------------
+
+
+def test_check_finds_what_is_missing_damaged_stale_or_of_another_model(model: Path, tiny: ModelMaker, copied: Path, tmp_path: Path) -> None:
+    assert made("--check", "--model", model, "--output", copied)["ok"]
+    assert "not prewarmed" in refused(66, "--check", "--model", model, "--output", tmp_path / "nothing")
+    assert "not what the settings name" in refused(78, "--check", "--model", tiny("bert", seed=9), "--output", copied)
+    assert "not what the settings name" in refused(78, "--check", "--model", model, "--dtype", "int8", "--output", copied)
+    weights = copied / "model.weights"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "damaged" in refused(65, "--check", "--model", model, "--output", copied)
+
+
+def test_a_damaged_artefact_is_made_again(model: Path, copied: Path) -> None:
+    (copied / "model.onnx").write_bytes(b"")
+    assert not made("--model", model, "--output", copied)["was_there"]
+    assert made("--check", "--model", model, "--output", copied)["ok"]
+
+
+# --- serving -----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_artefact_is_served_wherever_it_was_copied_with_the_models_own_scores(spawn: Any, copied: Path, model: Path) -> None:
+    prewarmed, plain = spawn("--model", str(copied), backend=None), spawn("--model", str(model), "--backend", "torch", backend=None)
+    assert scores(prewarmed) == pytest.approx(scores(plain), abs=1e-5)
+    info = prewarmed.ask({"type": "info"})
+    assert (info["backend"], info["model"], info["model_source"]) == ("onnx", str(model), "artefact")
+
+
+def test_an_artefact_is_found_by_the_models_name_until_the_model_changes(spawn: Any, tiny: ModelMaker, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny("bert"), tmp_path / "model"))
+    place = tmp_path / "artefacts"
+    made("--model", path, "--dtype", "int8", "--artefacts", place)
+    first = spawn("--model", str(path), "--artefacts", str(place), backend=None)
+    assert first.wait_ready()["dtype"] == "int8"
+    other = Path(shutil.copy(tiny("bert", seed=3) / "model.safetensors", path))
+    os.utime(other, (1, 1))
+    second = spawn("--model", str(path), "--artefacts", str(place), backend=None)
+    assert second.wait_ready()["dtype"] == "float32"
+    second.logged("made from other files")
+
+
+def test_settings_that_do_not_fit_an_artefact_are_refused(spawn: Any, copied: Path) -> None:
+    host = spawn("--model", str(copied), "--dtype", "bfloat16", backend=None)
+    assert "float32" in host.read_line()["error"]
+    assert host.wait_exit() == 78
+
+
+@pytest.mark.parametrize("change", ["format", "manifest", "json"])
+def test_an_artefact_of_another_version_or_a_broken_one_is_refused(change: str, spawn: Any, copied: Path) -> None:
+    told = json.loads((copied / "artefact.json").read_text())
+    if change == "format":
+        (copied / "artefact.json").write_text(json.dumps({**told, "format": 999}))
+    elif change == "manifest":
+        (copied / "MANIFEST.sha256").unlink()
+    else:
+        (copied / "artefact.json").write_text("{}")
+    host = spawn("--model", str(copied), backend=None)
+    assert "prewarm" in host.read_line()["error"]
+    assert host.wait_exit() == (78 if change == "format" else 65)
