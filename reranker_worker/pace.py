@@ -21,13 +21,15 @@ _STR_OVERHEAD_BYTES = sys.getsizeof("")
 
 
 class Pace:
-    """Estimates in tokens and milliseconds. `longest_tokens` is the model's max_length, `pass_tokens` what one forward pass holds."""
+    """Estimates in tokens and milliseconds. `longest_tokens` is the model's max_length; a batch of less than `pass_tokens` tokens would not
+    keep the engine busy; `packed`: it pads nothing, so that pairs of any lengths may meet in a batch."""
 
     def __init__(self) -> None:
         self.tokens_per_ms = _TOKENS_PER_MS
         self.tokens_per_pair = _TOKENS_PER_PAIR
         self.longest_tokens = _LONG_TOKENS
         self.pass_tokens = 0
+        self.packed = False
         self._tokens_per_char = 1.0 / _CHARS_PER_TOKEN
 
     def assume(self, tokens_per_ms: float) -> None:

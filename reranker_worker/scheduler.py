@@ -1,8 +1,9 @@
 """Which pairs are scored together, and when a request is whole. Pure: no clock, no thread, no I/O; time is an argument.
 
-Work is taken in rounds: each waiting job gives a share of its pairs to a batch in turn, so that a small request behind a large
-one starts with the next batch. A batch is bounded by pairs and by estimated tokens (`pace`); identical pairs in flight are scored
-once (`sharing`). After a crash the jobs concerned are tried again alone, so that only the culprit pays twice.
+Where the engine pads, work is taken in rounds: each waiting job gives a share of its pairs to a batch in turn, so that a small request
+behind a large one starts with the next batch. Where it packs, the requests with the least left come first. A batch is bounded by pairs
+and by estimated tokens (`pace`); identical pairs in flight are scored once (`sharing`). After a crash the jobs concerned are tried again
+alone, so that only the culprit pays twice.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _FEW_PASSES = 4
 _ROOM_FOR_PADDING = 0.9
 _LIKE_LENGTH = 1.25
 _MOST_CRASHES = 2
+# Of so many batches one begins with the oldest job, the others with the job that has the least left.
+_TURNS = 4
 
 __all__ = ["Batch", "Job", "Result", "Scheduler", "Slice"]
 
@@ -42,6 +45,7 @@ class Scheduler:
         self._open: dict[int, Job] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._batch_number = 0
+        self._packed_turn = 0
         self.waiting_pairs = 0
         self.waiting_bytes = 0
         self.waiting_jobs = 0
@@ -66,6 +70,9 @@ class Scheduler:
             return self._suspect_batch(now) if idle else None
         limit = min(self._max_batch_pairs, max_pairs or self._max_batch_pairs)
         budget = self.pace.budget_tokens(self._batch_target_ms)
+        if self.pace.packed:
+            # Two batches are in flight: together they take the target time.
+            return self._packed_batch(now, limit, self.pace.budget_tokens(self._batch_target_ms / 2))
         if budget < _FEW_PASSES * self.pace.pass_tokens:
             return self._narrow_batch(now, limit, _ROOM_FOR_PADDING * budget)
         slices: list[Slice] = []
@@ -210,6 +217,29 @@ class Scheduler:
     def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False) -> Batch:
         self._batch_number += 1
         return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone)
+
+    def _packed_batch(self, now: float, limit: int, budget: float) -> Batch | None:
+        """A batch for an engine that pads nothing: requests with the fewest pairs left come first, so that a small one behind a large one is
+        whole after its own work; but each fourth batch begins with the oldest, so that a stream of small ones starves none."""
+        jobs = self._waiting_jobs()
+        if not jobs:
+            return None
+        self._packed_turn = (self._packed_turn + 1) % _TURNS
+        if self._packed_turn:
+            jobs.sort(key=lambda job: (job.priority, job.missing))
+        else:
+            jobs.sort(key=lambda job: (job.priority, job.number))
+        slices: list[Slice] = []
+        tokens, room = 0.0, limit
+        for job in jobs:
+            # What is whole with this batch need not wait for a part of what is not.
+            if tokens >= self.pace.pass_tokens and slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:
+                break
+            taken, count, cost = self._take(job, room, budget - tokens, now, force=not slices)
+            slices, tokens, room = slices + taken, tokens + cost, room - count
+            if room <= 0 or tokens >= budget:
+                break
+        return self._batch(slices, tokens) if slices else self._packed_batch(now, limit, budget)
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.

@@ -288,7 +288,8 @@ class Worker:
     def _on_ready(self, event: Ready, now: float) -> None:
         self.last_batch_good = True
         self.scheduler.pace.longest_tokens = int(event.info["max_length"])
-        self.scheduler.pace.pass_tokens = int(event.info.get("max_pass_tokens", 0)) * int(event.info.get("parallel_passes", 1))
+        self.scheduler.pace.packed = bool(event.info.get("packed"))
+        self.scheduler.pace.pass_tokens = int(event.info.get("least_batch_tokens", 0))
         if self.ready_body is not None:
             self._note("INFO", "an engine is back" if self.counters.engine_deaths else "another engine is ready")
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from scheduling import check_scores, pairs_of, result_of
 
 from reranker_worker.scheduler import Batch, Job, Scheduler
@@ -37,6 +37,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             elif job.failure[0] == "POISONED":
                 assert job.crashes == 2
                 assert self.deaths[job.number] >= 2
+
+    @initialize(packed=st.booleans())
+    def know_the_engine(self, packed: bool) -> None:
+        self.scheduler.pace.packed = packed
 
     @rule(groups=GROUPS, priority=st.sampled_from([0, 0, 3]), wait=st.floats(0.5, 20), length=st.sampled_from([0, 0, 9]))
     def add(self, groups: list[tuple[str, list[str]]], priority: int, wait: float, length: int) -> None:

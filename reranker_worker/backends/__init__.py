@@ -72,6 +72,7 @@ class BackendInfo:
     max_pass_tokens: int  # padded tokens that one forward pass should hold on this device
     parallel_passes: int = 1  # forward passes that may run at the same time, each called from a thread of its own
     packed: bool = False  # whether a pass costs what its tokens cost, and not its longest pair times their number
+    least_batch_tokens: int = 0  # fewer tokens in a batch would leave threads idle
     num_labels: int = 1
     relevance_label: str = ""  # which of several labels is the relevance
     instruction: bool = False  # True when the model takes a per-request instruction

@@ -53,7 +53,7 @@ class FakeBackend:
         if load_seconds:
             time.sleep(load_seconds)
         self.info = BackendInfo(
-            backend="fake", device="cpu", dtype="float32", max_length=_MAX_LENGTH, activation="sigmoid", max_pass_tokens=512
+            backend="fake", device="cpu", dtype="float32", max_length=_MAX_LENGTH, activation="sigmoid", max_pass_tokens=512, least_batch_tokens=512
         )
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[Tokens]:

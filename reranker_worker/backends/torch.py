@@ -53,15 +53,16 @@ class TorchBackend:
         self._pad_type_id: int = tokenizer.pad_token_type_id
         self._pads_left = tokenizer.padding_side == "left"
         self._tokenizer, takes_instruction = self._pair_tokenizer()
-        accelerated = self._device.type != "cpu"
+        pass_tokens = config.max_pass_tokens or (_CPU_PASS_TOKENS if self._device.type == "cpu" else _ACCELERATOR_PASS_TOKENS)
         self.info = BackendInfo(
             backend="torch",
             device=str(self._device),
             dtype=str(self._model.dtype).removeprefix("torch."),
             max_length=longest_pair(self._model, config.max_length),
             activation=type(self._model.activation_fn).__name__.lower(),
-            max_pass_tokens=config.max_pass_tokens or (_ACCELERATOR_PASS_TOKENS if accelerated else _CPU_PASS_TOKENS),
+            max_pass_tokens=pass_tokens,
             parallel_passes=parallel,
+            least_batch_tokens=pass_tokens * parallel,
             num_labels=len(labels),
             relevance_label=labels[self._label] if len(labels) > 1 else "",
             instruction=takes_instruction,

@@ -1,0 +1,109 @@
+"""For an engine that pads nothing: small requests overtake large ones, nobody starves, and every pair is scored once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from scheduling import check_scores, make_job, result_of, run_dry, texts
+
+from reranker_worker.scheduler import Batch, Job, Scheduler
+
+TARGET_MS = 50.0
+CHARS = 300  # of a document: about 78 tokens
+PAIRS_A_BATCH = 6
+
+
+def make() -> Scheduler:
+    """A scheduler that knows a slow engine: 20 tokens a millisecond, so that a batch of half the target time holds about 6 pairs."""
+    scheduler = Scheduler(max_batch_pairs=256, batch_target_ms=TARGET_MS)
+    scheduler.pace.assume(20.0)
+    scheduler.pace.packed = True
+    return scheduler
+
+
+def score(scheduler: Scheduler, batch: Batch) -> list[Job]:
+    return scheduler.complete(batch, result_of(batch, ms=3.9 * batch.num_pairs, tokens=78))
+
+
+def batches_until(scheduler: Scheduler, wanted: int) -> int:
+    """Batches from now until the job of that number is whole, with one more always in flight, as the engine has it."""
+    count = 0
+    flying = [batch for batch in (scheduler.next_batch(0.0), scheduler.next_batch(0.0)) if batch]
+    while flying:
+        count += 1
+        if any(job.number == wanted for job in score(scheduler, flying.pop(0))):
+            return count
+        if batch := scheduler.next_batch(0.0):
+            flying.append(batch)
+    raise AssertionError("it never became whole")
+
+
+def test_two_batches_take_about_the_target_time() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("a", 100, CHARS)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert abs(batch.num_pairs - PAIRS_A_BATCH) <= 1
+
+
+def test_a_small_request_behind_a_large_one_waits_for_little_more_than_its_own_work() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    for _ in range(2):
+        assert scheduler.next_batch(0.0) is not None  # in flight
+    scheduler.add(make_job(2, *texts("small", 10, CHARS)))
+    own = -(-10 // PAIRS_A_BATCH)
+    assert batches_until(scheduler, 2) <= own + 2
+
+
+def test_a_stream_of_small_requests_does_not_starve_a_large_one() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("large", 30, CHARS)))
+    for number in range(2, 100):
+        scheduler.add(make_job(number, *texts(f"small{number}.", PAIRS_A_BATCH, CHARS)))
+    assert batches_until(scheduler, 1) <= 4 * (30 // (PAIRS_A_BATCH - 1) + 1)
+
+
+def test_a_better_priority_comes_before_a_smaller_request() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("small", 2, CHARS), priority=5))
+    scheduler.add(make_job(2, *texts("large", 30, CHARS), priority=1))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert {item.job.number for item in batch.slices} == {2}
+
+
+def test_small_requests_share_a_batch() -> None:
+    scheduler = make()
+    for number in range(1, 5):
+        scheduler.add(make_job(number, *texts(f"{number}.", 1, CHARS)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert batch.num_pairs == 4
+    assert scheduler.next_batch(0.0) is None
+
+
+def test_requests_for_the_same_pairs_are_scored_once_and_both_answered() -> None:
+    scheduler = make()
+    jobs = [make_job(number, *texts("same", 20, CHARS)) for number in (1, 2)]
+    for job in jobs:
+        scheduler.add(job)
+    flying = []
+    while batch := scheduler.next_batch(0.0):
+        flying.append(batch)
+    assert sum(batch.num_pairs for batch in flying) == 20
+    for batch in flying:
+        score(scheduler, batch)
+    for job in jobs:
+        check_scores(job)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=12))
+def test_every_request_gets_the_score_of_each_of_its_pairs(sizes: list[tuple[int, int]]) -> None:
+    scheduler = make()
+    jobs = [make_job(number, *texts(f"{number}.", count, CHARS), priority=priority) for number, (count, priority) in enumerate(sizes)]
+    for job in jobs:
+        scheduler.add(job)
+    assert len(run_dry(scheduler)) == len(jobs)
+    for job in jobs:
+        check_scores(job)
