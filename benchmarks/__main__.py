@@ -1,12 +1,11 @@
-"""`python -m benchmarks overhead | throughput | frontdoor [flags]`."""
+"""`python -m benchmarks overhead | peers | ... [flags]`; see README.md."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from benchmarks import frontdoor, overhead, throughput
-
-_COMMANDS = {"overhead": overhead.main, "throughput": throughput.main, "frontdoor": frontdoor.main}
+_COMMANDS = ("overhead", "frontdoor", "peers", "picture", "latency", "startup", "memory", "owncost")
 _USAGE_ERROR = 64
 
 
@@ -15,7 +14,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in _COMMANDS:
         print(f"usage: python -m benchmarks {{{','.join(_COMMANDS)}}} [--help]", file=sys.stderr)
         return _USAGE_ERROR
-    return _COMMANDS[arguments[0]](arguments[1:])
+    return int(importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Self
 
 from reranker_worker.byhand import processes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,17 +49,13 @@ def end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
         process.wait()
 
 
-class Host:
-    """A worker of the tree at `root`, and the pipes to it. `with` stops it."""
+class Pipes:
+    """A process, and lines to and from it. `with` ends it."""
 
-    def __init__(self, flags: Sequence[str], root: Path = ROOT) -> None:
+    def __init__(self, command: Sequence[str], *, environ: Mapping[str, str] | None = None, stderr: int | IO[bytes] = subprocess.DEVNULL) -> None:
         self.started_at = time.perf_counter()
         self._process = subprocess.Popen(
-            [sys.executable, str(root / "reranking_server.py"), *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0, cwd=ROOT, env=environ
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -72,7 +68,7 @@ class Host:
         self._both.register(self._in_fd, select.POLLOUT)
         self._rest = b""
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -82,20 +78,8 @@ class Host:
 
     @property
     def pid(self) -> int:
-        """The front."""
+        """Its process id; of a worker the front's."""
         return self._process.pid
-
-    @property
-    def engine_pids(self) -> list[int]:
-        """The engines."""
-        return processes.children(self._process.pid)
-
-    def wait_ready(self) -> bytes:
-        """The `ready` line."""
-        while b'"ready"' not in (line := self.read_line()):
-            if b'"error"' in line:
-                raise HostError(line.decode())
-        return line
 
     def ask(self, line: bytes) -> bytes:
         """Write one line and read one; nothing else may be in flight."""
@@ -116,6 +100,36 @@ class Host:
         while b"\n" not in self._rest:
             self._rest += self._read()
         line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+    def _read(self) -> bytes:
+        if not self._readable.poll(_PATIENCE_SECONDS * 1e3):
+            self._silent()
+        data = os.read(self._out_fd, _READ_BYTES)
+        if not data:
+            raise HostError(f"the process ended with code {self._process.wait()}")
+        return data
+
+    def _silent(self) -> list[tuple[int, int]]:
+        raise HostError(f"no answer for {_PATIENCE_SECONDS:g} s")
+
+
+class Host(Pipes):
+    """A worker of the tree at `root`."""
+
+    def __init__(self, flags: Sequence[str], root: Path = ROOT) -> None:
+        super().__init__([sys.executable, str(root / "reranking_server.py"), *flags])
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """The engines."""
+        return processes.children(self._process.pid)
+
+    def wait_ready(self) -> bytes:
+        """The `ready` line."""
+        while b'"ready"' not in (line := self.read_line()):
+            if b'"error"' in line:
+                raise HostError(line.decode())
         return line
 
     def drive(self, request: Request, first: int, window: int, seconds: float) -> Drive:
@@ -158,14 +172,3 @@ class Host:
         if b'"error"' in data:
             raise HostError(data[:500].decode("utf-8", "replace"))
         return data.count(b"\n")
-
-    def _read(self) -> bytes:
-        if not self._readable.poll(_PATIENCE_SECONDS * 1e3):
-            self._silent()
-        data = os.read(self._out_fd, _READ_BYTES)
-        if not data:
-            raise HostError(f"the worker ended with code {self._process.wait()}")
-        return data
-
-    def _silent(self) -> list[tuple[int, int]]:
-        raise HostError(f"no answer for {_PATIENCE_SECONDS:g} s")

@@ -29,6 +29,7 @@ _WORDS_A_SENTENCE = (7, 24)
 # Of the number of words; a word with its share of punctuation and of split words makes about 1.31 tokens of a WordPiece vocabulary.
 _MEAN_TOKENS, _P95_TOKENS, _TOKENS_A_WORD = 75.0, 150.0, 1.31
 _LEAST_TOKENS, _MOST_TOKENS = 8, 400
+_LONG_TOKENS = (370, 430)
 _SIGMA = 1.645 - math.sqrt(1.645**2 - 2 * math.log(_P95_TOKENS / _MEAN_TOKENS))
 _MU = math.log(_MEAN_TOKENS) - _SIGMA**2 / 2
 
@@ -52,6 +53,10 @@ class Texts:
     def passages(self, count: int) -> list[str]:
         """So many passages."""
         return [self.passage() for _ in range(count)]
+
+    def long_passages(self, count: int) -> list[str]:
+        """So many passages of about 400 tokens each."""
+        return [self._sentences(round(self._random.uniform(*_LONG_TOKENS) / _TOKENS_A_WORD)) for _ in range(count)]
 
     def _sentences(self, words: int) -> str:
         parts: list[str] = []

@@ -71,8 +71,7 @@ class Scheduler:
         limit = min(self._max_batch_pairs, max_pairs or self._max_batch_pairs)
         budget = self.pace.budget_tokens(self._batch_target_ms)
         if self.pace.packed:
-            # Two batches are in flight: together they take the target time.
-            return self._packed_batch(now, limit, self.pace.budget_tokens(self._batch_target_ms / 2))
+            return self._packed_batch(now, limit, budget)
         if budget < _FEW_PASSES * self.pace.pass_tokens:
             return self._narrow_batch(now, limit, _ROOM_FOR_PADDING * budget)
         slices: list[Slice] = []
@@ -231,6 +230,9 @@ class Scheduler:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
         tokens, room = 0.0, limit
+        if jobs[0].unsent * self.pace.tokens_per_pair > 2 * budget:
+            # Two batches are in flight: those of a long request take the target time together, so that a newcomer waits for little.
+            budget = self.pace.budget_tokens(self._batch_target_ms / 2)
         for job in jobs:
             # What is whole with this batch need not wait for a part of what is not.
             if tokens >= self.pace.pass_tokens and slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:

@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 _UNFIT, _UNSAFE = 71, 78
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 _MEMORY_WORDS = ("bad_alloc", "out of memory", "cannot allocate", "can't allocate", "not enough memory", "failed to allocate")
-# The runtime and oneDNN inside of it keep compiled kernels for thousands of shapes, and packed passes hardly ever have the same one. Measured,
-# bfloat16, 500 random passes of at most 160 tokens: 204 to 443 MB, to 281 with 64 of each; such small passes cost up to a quarter more for it.
-_REMEMBERED_SHAPES = 64
+# The runtime and oneDNN inside of it keep compiled kernels for thousands of shapes, and packed passes hardly ever have the same one: rounded up
+# to multiples of 32 tokens they do.
+_ROWS = 32
+_REMEMBERED_SHAPES = 256
 # The package imports its converter, and that reports the import to a server of its maker unless the user once opted out.
 _REPORTING = "openvino.tools.ovc"
 
 
 class OpenVinoBackend(PackedBackend):
     """Runs a graph of onnx_graph.py. Passes run side by side, each in a request and on a thread of its own."""
+
+    _rows = _ROWS
 
     def __init__(self, config: Config, declared: Declared, graph: Path, *, positions: int, dtype: str, threads: int) -> None:
         """`graph` is the directory of GRAPH_FILE; `positions` is how many tokens its position table can number."""

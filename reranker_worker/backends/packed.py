@@ -35,6 +35,7 @@ class PackedBackend:
     """A `Backend` but for `info` and `_run`, which the runtime's own class gives."""
 
     info: BackendInfo
+    _rows = 1  # tokens of a pass are a multiple of so many
 
     def __init__(self, config: Config, declared: Declared) -> None:
         """Raises BackendError when the settings and the model's labels do not go together."""
@@ -70,7 +71,7 @@ class PackedBackend:
         """Logits of one forward pass, in order; raises OutOfMemoryError when the pass was too large for the memory."""
         if not batch:
             return []
-        return self._logits(self._run(pack([tokens.inputs for tokens in batch])))
+        return self._logits(self._run(pack([tokens.inputs for tokens in batch], self._rows)))
 
     def activate(self, logits: list[float]) -> list[float]:
         """What `predict` returns by default for one label; for several, the softmax probability of the relevance label."""

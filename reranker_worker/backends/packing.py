@@ -31,21 +31,27 @@ class Packed(NamedTuple):
     gather: NDArray[np.int64]  # (T,) where in the flattened table each token stands
     first: NDArray[np.int64]  # (n,) the first token of each pair
     mask: NDArray[np.float32]  # (n, 1, 1, L) added to the attention scores
+    lengths: NDArray[np.int64]  # (n,) tokens of each pair
 
 
-def pack(pairs: Sequence[PairIds]) -> Packed:
-    """Lay one or more pairs end to end, in their order."""
+def pack(pairs: Sequence[PairIds], rows: int = 1) -> Packed:
+    """Lay one or more pairs end to end, in their order. T is rounded up to a multiple of `rows` by tokens of which nothing comes: runtimes
+    that compile a kernel for every shape then meet few shapes."""
     lengths = np.fromiter((len(pair.ids) for pair in pairs), dtype=np.int64, count=len(pairs))
     total, longest = int(lengths.sum()), int(lengths.max())
     starts = np.cumsum(lengths) - lengths
     places = np.arange(longest)
     filled = places[None, :] < lengths[:, None]
+    extra = np.zeros(-total % rows, dtype=np.int64)
+    ids = np.fromiter((number for pair in pairs for number in pair.ids), dtype=np.int64, count=total)
+    types = np.fromiter((number for pair in pairs for number in pair.type_ids), dtype=np.int64, count=total)
     return Packed(
-        ids=np.fromiter((number for pair in pairs for number in pair.ids), dtype=np.int64, count=total),
-        types=np.fromiter((number for pair in pairs for number in pair.type_ids), dtype=np.int64, count=total),
-        positions=np.arange(total) - np.repeat(starts, lengths),
+        ids=np.concatenate((ids, extra)),
+        types=np.concatenate((types, extra)),
+        positions=np.concatenate((np.arange(total) - np.repeat(starts, lengths), extra)),
         spread=np.where(filled, starts[:, None] + places, 0),
-        gather=np.flatnonzero(filled),
+        gather=np.concatenate((np.flatnonzero(filled), extra)),
         first=starts,
         mask=np.where(filled, np.float32(0), np.float32(_MASKED))[:, None, None, :],
+        lengths=lengths,
     )

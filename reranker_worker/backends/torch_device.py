@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +53,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
     return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+def bound_shape_caches(shapes: int) -> None:
+    """Keep oneDNN and torch from remembering more than `shapes` shapes, unless the user decided; nothing changes once they have worked here.
+
+    Each keeps compiled kernels for 1,024 shapes, and texts of ever new lengths would let the engine grow for hours.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(shapes))
 
 
 def release_memory(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSE
 from reranker_worker.backends.packing import Packed, pack
 from reranker_worker.backends.texts import PairIds
 from reranker_worker.backends.torch_device import is_out_of_memory, release_memory, resolve_device, use_threads
-from reranker_worker.backends.torch_packed_network import PackedNetwork
+from reranker_worker.backends.torch_packed_network import ROWS, PackedNetwork
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +45,7 @@ class PackedTorchBackend(PackedBackend):
         positions = len(encoder.position)
         is_cpu = device.type == "cpu"
         parallel = min(threads, MOST_PARALLEL_PASSES) if is_cpu else 1
+        self._rows = ROWS if is_cpu else 1
         use_threads(threads // parallel)
         self.info = self._info(
             config,

@@ -58,22 +58,27 @@ class PaddedAttention:
     def numbers(self, packed: Packed) -> list[NDArray[np.int64]]:
         """Each place's token, each token's place, each pair's length."""
         count, width, lengths = _table(packed)
-        gather = np.repeat(np.arange(count) * width, lengths) + packed.positions
+        total = int(lengths.sum())
+        gather = np.repeat(np.arange(count) * width, lengths) + packed.positions[:total]
         spread = np.zeros(count * width, dtype=np.int64)
-        spread[gather] = np.arange(len(gather))
-        return [spread, gather, lengths]
+        spread[gather] = np.arange(total)
+        # Rows that only round up the number of tokens take anything.
+        return [spread, np.concatenate((gather, np.zeros(len(packed.ids) - total, dtype=np.int64))), lengths]
 
     def places(self, packed: Packed, numbers: Sequence[torch.Tensor]) -> _Table:
         """See `Attention`."""
-        count, width, _ = _table(packed)
-        return _Table(self._heads, count, width, *numbers)
+        count, width, lengths = _table(packed)
+        is_full = count * width == lengths.sum() == len(packed.ids)
+        return _Table(self._heads, count, width, is_full, *numbers)
 
 
 class _Table:
-    def __init__(self, heads: int, count: int, width: int, spread: torch.Tensor, gather: torch.Tensor, lengths: torch.Tensor) -> None:
+    def __init__(
+        self, heads: int, count: int, width: int, is_full: bool, spread: torch.Tensor, gather: torch.Tensor, lengths: torch.Tensor
+    ) -> None:
         self._shape = (count, width, heads)
         self._spread, self._gather = spread, gather
-        self._full = len(spread) == len(gather)
+        self._full = is_full
         empty = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
         self._mask = torch.zeros(empty.shape, device=lengths.device).masked_fill_(empty, _MASKED).view(count, 1, 1, width)
 
@@ -110,7 +115,7 @@ class VarlenAttention:
 
     def numbers(self, packed: Packed) -> list[NDArray[np.int64]]:
         """Where each pair begins, and where the last one ends."""
-        return [np.append(packed.first, len(packed.ids))]
+        return [np.append(packed.first, packed.lengths.sum())]
 
     def places(self, packed: Packed, numbers: Sequence[torch.Tensor]) -> _Rows:
         """See `Attention`."""
@@ -172,6 +177,6 @@ def attentions_agree(left: Attention, right: Attention, width: int, device: torc
 
 def _table(packed: Packed) -> tuple[int, int, NDArray[np.int64]]:
     """(pairs, width of the table, each pair's length). A single pair needs no empty places."""
-    lengths = np.diff(packed.first, append=len(packed.ids))
+    lengths = packed.lengths
     longest = int(lengths.max())
     return len(lengths), longest if len(lengths) == 1 else -(-longest // _TABLE_MULTIPLE) * _TABLE_MULTIPLE, lengths

@@ -7,7 +7,6 @@ and makes the largest difference of a logit a third (measured, MiniLM-L6: 0.012 
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from reranker_worker.backends.torch_device import bound_shape_caches
 from reranker_worker.backends.torch_packed_attention import choose_attention, varlen_kernel
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _PREPACKED_ROWS = 512
 # bfloat16 rounds a sum to 2^-9 of itself; a wrong operator is off by all of it.
 _PREPACKED_TOLERANCE = 0.02
-_REMEMBERED_SHAPES = "64"
+# A pass's tokens are rounded up to multiples of 32 (packing.pack): some twenty numbers of rows, each met by half a dozen kinds of linear layers.
+ROWS = 32
+_REMEMBERED_SHAPES = 256
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
@@ -45,7 +47,7 @@ class PackedNetwork:
 
     def __init__(self, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> None:
         """Raises RuntimeError when the device has not enough memory."""
-        bound_shape_caches()
+        bound_shape_caches(_REMEMBERED_SHAPES)
         self._device, self._dtype = device, dtype
         self._width = len(encoder.layers[0].query.bias)
         self.attention = choose_attention(encoder.heads, self._width, device, dtype, varlen_kernel(device, dtype))
@@ -148,17 +150,6 @@ class _Linear:
             result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
             return result
         return functional.linear(rows, self._weight, self._bias)
-
-
-def bound_shape_caches() -> None:
-    """Keep oneDNN from remembering every number of tokens that it ever met; nothing changes once it has worked in this process.
-
-    It and torch keep compiled kernels for 1,024 shapes each, and packed passes hardly ever have the same one. Measured over 1,500 random
-    passes of at most 512 tokens, MiniLM-L6: 330 to 1,757 MB; 330 to 477 with 64 of each, no slower. Random passes of at most 160 tokens
-    cost up to a third more for it in bfloat16 (18 against 13.5 ms).
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, _REMEMBERED_SHAPES)
 
 
 def _prepacked(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from reranker_worker.client import Answer, Client
 
-_PACKAGES = ("torch", "transformers", "sentence-transformers", "tokenizers", "huggingface_hub", "numpy", "orjson")
+_PACKAGES = ("onnxruntime", "torch", "transformers", "sentence-transformers", "tokenizers", "huggingface_hub", "numpy", "orjson")
 _SAMPLE_SECONDS = 1.0
 _SAMPLE_DOCUMENTS = 50
 _REQUEST_TIMEOUT_MS = 600_000

@@ -53,8 +53,6 @@ def engine_environment(config: Config, environ: Mapping[str, str]) -> dict[str, 
     # Spinning threads cost half as much time again and more when the database beside us uses the same cores; idle they gain a seventh
     # where a pass has several threads, and nothing where it has one.
     allowed.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # oneDNN keeps its plan for each of the last 1,024 shapes; texts of ever new lengths would let the engine grow by 70 MiB.
-    allowed.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     return allowed | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
 
 

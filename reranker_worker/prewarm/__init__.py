@@ -48,6 +48,9 @@ def run(arguments: Sequence[str]) -> int:
             else:
                 made = making.make(config, given.output, shower)
                 artefact, was_there = made.artefact, made.was_there
+    except ModuleNotFoundError as error:
+        text = f"The Python package {error.name} is not installed, and prewarming compares with what it gives; run pip install -r requirements.txt."
+        raise Failure(text, 78) from None
     except (ModelError, BackendError) as error:
         if not given.json:
             raise Failure(str(error), error.exit_code) from None
