@@ -195,7 +195,7 @@ def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: C
             text = f"The model scores a known pair {logit:.4f} where {wanted:.4f} is expected; its files are not what was tested."
             raise BackendError(text, _CORRUPT)
     # The first pass warmed up; this one tells the speed, by so little text that a fast start stays fast.
-    passages = [f"{number} reranking" + " speed" * 60 for number in range(8)]
+    passages = [f"{number} reranking" + " speed" * 60 for number in range(4)]
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": [["speed", 0, 0, "", passages]]}), lambda batch: None)
     return float(sum(frame["tokens"]) / max(0.05, frame["tokenize_ms"] + frame["inference_ms"]))
 
