@@ -6,9 +6,10 @@ It must mean exactly what `sentence_transformers.CrossEncoder(path)` makes of th
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from reranker_worker.backends.texts import PairTokenizer, supports_pairs
 
@@ -60,7 +61,7 @@ def read_declared(directory: Path) -> Declared:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_bytes()) if path.is_file() else {}
+    content = orjson.loads(path.read_bytes()) if path.is_file() else {}
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{path.name} is not an object")
     return content
@@ -71,7 +72,7 @@ def _library_settings(directory: Path) -> dict[str, Any]:
     path = directory / "modules.json"
     if not path.is_file():
         return {}
-    modules = json.loads(path.read_bytes())
+    modules = orjson.loads(path.read_bytes())
     if len(modules) != 1 or modules[0].get("path") or modules[0].get("type") not in _TRANSFORMER_MODULES:
         raise UnsupportedModelError("it is a chain of sentence-transformers modules")
     settings = _json(directory / "config_sentence_transformers.json")
@@ -134,7 +135,7 @@ def _tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
         raise UnsupportedModelError("it has no tokenizer.json")
     if settings.get("truncation_side", "right") != "right":
         raise UnsupportedModelError("it truncates on the left")
-    content = json.loads(path.read_bytes())
+    content = orjson.loads(path.read_bytes())
     _check_normalizer(content.get("normalizer") or {}, settings)
     for part in ("pre_tokenizer", "post_processor"):
         own = (content.get(part) or {}).get("add_prefix_space")
