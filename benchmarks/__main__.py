@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-_COMMANDS = ("overhead", "frontdoor", "peers", "picture", "latency", "startup", "memory", "owncost")
+_COMMANDS = ("overhead", "frontdoor", "peers", "picture", "latency", "startup", "memory", "owncost", "quality")
 _USAGE_ERROR = 64
 
 

@@ -113,7 +113,7 @@ DEFECTS = [
     Defect("answers are not ASCII", "answers", _ANSWERS, "if text.isascii():", "if True:", _transcript("04_")),
     # --- backends
     Defect("padding is attended to", "backends", _PACKING, "_MASKED = -30000.0", "_MASKED = 0.0", _ONNX),
-    Defect("positions go on from pair to pair", "backends", _PACKING, "positions=np.arange(total) - np.repeat(starts, lengths),", "positions=np.arange(total),", _ONNX),
+    Defect("positions go on from pair to pair", "backends", _PACKING, "np.concatenate((np.arange(total) - np.repeat(starts, lengths), extra))", "np.concatenate((np.arange(total), extra))", _ONNX),
     Defect("token types of an untyped model are used", "backends", _ENCODER, "(len(token_type) == 1 or not typed)", "len(token_type) == 1", "tests/backends/test_onnx.py -k untyped"),
     Defect("RoBERTa's positions begin at zero", "backends", _ENCODER, "    if names.first_position:", "    if False:", _ONNX),
     Defect("the last layer's residual is another token", "backends", _GRAPH, "return self._feed_forward(name, layer, context, first)", 'return self._feed_forward(name, layer, context, self._node("Gather", [state, "gather"]))', _ONNX),

@@ -1,0 +1,127 @@
+"""The recipe's parts on tiny data: what is exact is tested, how well the model gets is not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from training.bm25 import BM25, words
+from training.check_leakage import Evaluation, offenders, table
+from training.groups import LABEL, labelled, unlabelled
+from training.student import Tokens
+from training.texts import sentences, vary
+from training.train import LEARNING_RATE, WARM_UP_STEPS, losses, plan, rate
+from training.vocabulary import prune
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PASSAGE = "The red fox lives in the forest near the old mill and hunts mice at night. It sleeps by day."
+
+
+def write_evaluation(folder: Path) -> None:
+    (folder / "tiny").mkdir()
+    row = {"qid": 1, "query": "Where does the fox live?", "documents": [{"text": PASSAGE}]}
+    with gzip.open(folder / "tiny" / "tiny.jsonl.gz", "wt", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
+
+
+def write_tokens(work: Path, texts: list[list[int]]) -> Tokens:
+    np.savez(work / "tokens.npz", tokens=np.array(sum(texts, []), np.uint16), ends=np.cumsum([0, *map(len, texts)]))  # noqa: RUF017 # tiny
+    vocabulary = {"[CLS]": 1, "[SEP]": 2, **{str(number): number for number in range(3, 60)}}
+    (work / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}), encoding="utf-8")
+    return Tokens(work)
+
+
+def test_a_query_in_other_clothes_and_a_passage_in_part_are_found(tmp_path: Path) -> None:
+    write_evaluation(tmp_path)
+    evaluation = Evaluation(tmp_path)
+    part = "People say: the red fox lives in the forest near the old mill and hunts mice."
+    assert offenders(["where does the FOX live", part, "Foxes are red.", PASSAGE.split(".")[1]], evaluation) == ["where does the FOX live", part]
+    assert "| tiny | 1 | 1 | 1 | 1 |" in table(evaluation)
+
+
+def test_words_lose_case_function_words_and_the_plural() -> None:
+    assert words("What are the Foxes of glass?") == ["foxe", "glass"]
+
+
+def test_bm25_prefers_the_passage_with_the_query_s_words_and_stays_below_one() -> None:
+    bm25 = BM25([PASSAGE, "A mill grinds corn.", "Nothing of that kind."])
+    scores = bm25.score(["red fox in a forest", "unheard words"])
+    assert scores.shape == (2, 3)
+    assert scores[0].argmax() == 0
+    assert 0 < scores[0, 0] < 1
+    assert scores[1].max() == 0
+    assert bm25.score(["fox"], ["a fox", "no such animal"])[0].argmax() == 0
+
+
+def test_sentences_are_split_and_fragments_dropped() -> None:
+    assert sentences(f"Yes. {PASSAGE}") == [PASSAGE.split(". ")[0] + ".", "It sleeps by day."]
+
+
+def test_a_varied_query_keeps_its_content_words() -> None:
+    varied = {vary("Where does the red fox live?", random.Random(seed)) for seed in range(60)}
+    assert varied == {"Where does the red fox live?", "where does the red fox live", "red fox live"}
+
+
+def test_pruning_keeps_characters_and_frequent_pieces_and_renumbers_special_tokens(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[unused0]", "a", "##a", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces += [f"[unused{number}]" for number in range(1, 1990)] + ["often", "never"]
+    added = [{"id": pieces.index(piece), "content": piece} for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
+    special = {piece: {"id": piece, "ids": [pieces.index(piece)]} for piece in ("[CLS]", "[SEP]")}
+    content: dict[str, Any] = {"model": {"vocab": {piece: place for place, piece in enumerate(pieces)}}, "added_tokens": added}
+    source = tmp_path / "tokenizer.json"
+    source.write_text(json.dumps(content | {"post_processor": {"special_tokens": special}}), encoding="utf-8")
+    pruned, rows = prune(source, Counter({"often": 9}), size=8)
+    kept = ["[PAD]", "a", "##a", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "often"]
+    assert pruned["model"]["vocab"] == {piece: place for place, piece in enumerate(kept)}
+    assert rows == [pieces.index(piece) for piece in kept]
+    assert [token["id"] for token in pruned["added_tokens"]] == [0, 3, 4, 5, 6]
+    assert pruned["post_processor"]["special_tokens"]["[SEP]"]["ids"] == [5]
+
+
+def test_an_answer_is_nearly_certain_and_a_negative_as_probable_as_the_teacher_finds_it_beside_the_answer() -> None:
+    group = labelled("passages", "q", ["answer", "close", "far", "better"], np.array([10.0 + LABEL, 13.0, 0.0, 20.0]))
+    assert group.probabilities == pytest.approx([0.95, math.exp(-1), math.exp(-14), 0.6])
+    assert max(unlabelled("q", ["a", "b"], np.array([1.0, 3.0])).probabilities) == pytest.approx(0.7)
+
+
+def test_a_pair_is_cut_at_its_end_or_to_the_window_that_shares_most_with_the_query(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path, [[50, 51], [*range(3, 43), 50, 51, *range(3, 13)]])
+    ids, second = tokens.pair(0, 1, 15)
+    assert (ids, second) == ([1, 50, 51, 2, *range(3, 13), 2], 4)
+    ids, second = tokens.pair(0, 1, 15, window=True)
+    assert len(ids) == 15
+    assert {50, 51} <= set(ids[second:])
+    assert tokens.pair(0, 1, 448, window=True)[0] == tokens.pair(0, 1, 448)[0]
+
+
+def test_every_group_is_trained_on_once_an_epoch(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path, [[5]] * 10)
+    groups = [{"texts": [number % 10], "length": 96} for number in range(300)]
+    steps = plan(groups, tokens, 1)
+    assert sorted(index for step in steps for index in step) == list(range(300))
+    assert steps == plan(groups, tokens, 1) != plan(groups, tokens, 2)
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    assert rate(0, 500, 1000) == pytest.approx(LEARNING_RATE / WARM_UP_STEPS)
+    assert rate(WARM_UP_STEPS, 500, 1000) == rate(500, 500, 1000) == LEARNING_RATE
+    assert rate(750, 500, 1000) == pytest.approx(LEARNING_RATE / 2)
+    assert rate(999, 500, 1000) == pytest.approx(LEARNING_RATE / 50)
+    assert rate(999, 1000, 1000) == LEARNING_RATE
+
+
+def test_a_student_that_agrees_with_the_teacher_has_no_listwise_loss_wherever_its_logits_lie() -> None:
+    group = {"texts": [0, 1, 2], "logits": [4.0, 1.0, 0.0], "probabilities": [0.95, 0.1, 0.1]}
+    listwise, pointwise = losses([group, group], torch.tensor([4.0, 1.0, 0.0, 14.0, 11.0, 10.0]))
+    assert listwise.item() == pytest.approx(0.0, abs=1e-5)
+    assert pointwise.item() > 0.5

@@ -1,0 +1,115 @@
+"""The cross-encoder while it is trained: the backbone with a pruned vocabulary and a head, and its forward pass."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AutoModelForSequenceClassification
+
+from training.backbone import backbone_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+PASS_TOKENS = 4000  # of one forward pass: cache-sized on a CPU
+MOST_QUERY_TOKENS = 64
+WINDOW_STRIDE = 8
+_MASKED = -10_000.0
+
+
+def _attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention with scale and mask in one product: the backward pass of torch's own is slow in bf16 on CPUs."""
+    batch, heads, length, width = query.shape
+    rows, columns, values = (part.reshape(batch * heads, length, width) for part in (query, key, value))
+    bias = query.new_zeros(1, 1, 1) if mask is None else mask.expand(batch, heads, 1, length).reshape(batch * heads, 1, length)
+    scores = torch.baddbmm(bias, rows, columns.transpose(1, 2), alpha=scaling)
+    mixed = torch.bmm(torch.softmax(scores, -1), values).view(batch, heads, length, width)
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def build_student(work: Path) -> Any:
+    """float32, no dropout; word embeddings are rounded to what will be stored, and frozen."""
+    AttentionInterface.register("plain", _attention)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(backbone_directory()),
+        num_labels=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="plain",
+        dtype=torch.float32,
+    )
+    rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
+    weights = model.bert.embeddings.word_embeddings.weight.data[rows].half().float()
+    model.bert.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+        weights, freeze=True, padding_idx=0
+    )
+    model.config.vocab_size = len(rows)
+    return model
+
+
+class Tokens:
+    """Token ids of the stored texts, joined to pairs."""
+
+    def __init__(self, work: Path) -> None:
+        stored = np.load(work / "tokens.npz")
+        self._tokens, self._ends = stored["tokens"], stored["ends"]
+        vocabulary = json.loads((work / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        counts = np.bincount(self._tokens, minlength=len(vocabulary))
+        self._rarity = np.log(counts.sum() / (counts + 1.0))
+        self._cls, self._sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
+
+    def length(self, text: int) -> int:
+        """Tokens of a text."""
+        return int(self._ends[text + 1] - self._ends[text])
+
+    def pair(self, query: int, text: int, limit: int, *, window: bool = False) -> tuple[list[int], int]:
+        """(ids, where the second text begins). The second text is cut to fit: at its end, or to the window that shares most with the first."""
+        first = self._tokens[self._ends[query] : self._ends[query + 1]][:MOST_QUERY_TOKENS]
+        second = self._tokens[self._ends[text] : self._ends[text + 1]]
+        room = limit - len(first) - 3
+        begin = self._window(first, second, room) if window and len(second) > room else 0
+        ids = [self._cls, *first.tolist(), self._sep]
+        return [*ids, *second[begin : begin + room].tolist(), self._sep], len(ids)
+
+    def _window(self, first: Any, second: Any, room: int) -> int:
+        """Where the run of `room` tokens begins that holds the rarest tokens of the query."""
+        shared = np.concatenate([[0.0], np.cumsum(self._rarity[second] * np.isin(second, first))])
+        starts = np.append(np.arange(0, len(second) - room, WINDOW_STRIDE), len(second) - room)
+        return int(starts[np.argmax(shared[starts + room] - shared[starts])])
+
+
+def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+    """The logits of pairs, in passes of like length."""
+    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
+    parts, start = [], 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * len(pairs[order[end]][0]) <= PASS_TOKENS:
+            end += 1
+        parts.append(_pass(model, [pairs[index] for index in order[start:end]]))
+        start = end
+    return torch.cat(parts).float()[torch.from_numpy(np.argsort(order))]
+
+
+def _pass(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+    shortest, longest = len(pairs[0][0]), len(pairs[-1][0])
+    ids = np.zeros((len(pairs), longest), np.int64)
+    types = np.zeros_like(ids)
+    mask = np.zeros((len(pairs), 1, 1, longest), np.float32)
+    for row, (tokens, second) in enumerate(pairs):
+        ids[row, : len(tokens)] = tokens
+        types[row, second : len(tokens)] = 1
+        mask[row, :, :, len(tokens) :] = _MASKED
+    bias = None if shortest == longest else torch.from_numpy(mask).to(model.dtype)
+    hidden = model.bert.embeddings(input_ids=torch.from_numpy(ids), token_type_ids=torch.from_numpy(types))
+    for layer in model.bert.encoder.layer:
+        result = layer(hidden, bias)
+        hidden = result[0] if isinstance(result, tuple) else result
+    logits: torch.Tensor = model.classifier(model.bert.pooler(hidden)).squeeze(-1)
+    return logits

@@ -1,0 +1,172 @@
+"""Step 3: train the cross-encoder to rank every group as the teacher does (`python -m training.train`); started again, it resumes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
+
+from training.sets import SEED
+from training.student import Tokens, build_student, logits_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+GROUPS_PER_STEP = 4
+BUCKET_STEPS = 32  # groups of like length share a step within a bucket of so many steps
+LEARNING_RATE, WARM_UP_STEPS, WEIGHT_DECAY = 2e-4, 150, 0.01
+POINTWISE_WEIGHT = 0.3
+SAVE_STEPS, KEEP_STEPS, PRINT_STEPS = 200, 1000, 100
+
+SHORT_LENGTH = 96  # of three groups of passages in four, the part that shares most with the query: more groups in the same time
+
+Group = dict[str, Any]
+
+
+def read_groups(work: Path) -> list[Group]:
+    """The stored groups, without those that the leakage check found fault with; three groups of passages in four are cut short."""
+    texts = json.loads((work / "texts.json").read_text(encoding="utf-8"))
+    left_out = set(json.loads((work / "left_out.json").read_text(encoding="utf-8")))
+    bad = {number for number, text in enumerate(texts) if text in left_out}
+    with (work / "groups.jsonl").open(encoding="utf-8") as lines:
+        stored: list[Group] = [json.loads(line) for line in lines]
+    groups = [group for group in stored if not bad.intersection((group["query"], *group["texts"]))]
+    for number, group in enumerate(groups):
+        group["short"] = number % 4 > 0 and group["kind"] == "passages"
+        if group["short"]:
+            group["length"] = SHORT_LENGTH
+    return groups
+
+
+def pairs_of(group: Group, tokens: Tokens) -> list[tuple[list[int], int]]:
+    """The token ids of a group's pairs."""
+    return [tokens.pair(group["query"], text, group["length"], window=group["short"]) for text in group["texts"]]
+
+
+def plan(groups: Sequence[Group], tokens: Tokens, seed: int) -> list[list[int]]:
+    """The groups of every step of one epoch."""
+    rng = random.Random(seed)
+    order = list(range(len(groups)))
+    rng.shuffle(order)
+
+    def size(index: int) -> float:
+        group = groups[index]
+        return float(sum(min(group["length"], tokens.length(text)) for text in group["texts"]) / len(group["texts"]))
+
+    steps: list[list[int]] = []
+    for start in range(0, len(order), GROUPS_PER_STEP * BUCKET_STEPS):
+        bucket = sorted(order[start : start + GROUPS_PER_STEP * BUCKET_STEPS], key=size)
+        cut = [bucket[at : at + GROUPS_PER_STEP] for at in range(0, len(bucket), GROUPS_PER_STEP)]
+        rng.shuffle(cut)
+        steps += cut
+    return steps
+
+
+def rate(step: int, decay_from: int, steps: int) -> float:
+    """Warm-up, a plateau, and a straight line down to a fiftieth: when to go down can be decided while it runs."""
+    falling: float = max(0.02, (steps - step) / max(1, steps - decay_from))
+    rising: float = min(1.0, (step + 1) / WARM_UP_STEPS)
+    return LEARNING_RATE * min(rising, falling)
+
+
+class Run:
+    """Model, its copy in bf16, optimizer and place: everything that a checkpoint keeps."""
+
+    def __init__(self, work: Path, out: Path) -> None:
+        torch.manual_seed(SEED)
+        self.out, self.step = out, 0
+        self.master = build_student(work)  # float32: small updates would be lost in bf16
+        self.model = build_student(work).to(torch.bfloat16)
+        self._masters = [one for one in self.master.parameters() if one.requires_grad]
+        self._copies = [one for one in self.model.parameters() if one.requires_grad]
+        decayed, plain = [one for one in self._masters if one.ndim > 1], [one for one in self._masters if one.ndim == 1]
+        sets = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(sets, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+        if (out / "last.pt").exists():
+            kept = torch.load(out / "last.pt")
+            self.master.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.step = kept["step"]
+        self._copy()
+
+    def update(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """One step of the optimizer."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        for master, copy in zip(self._masters, self._copies, strict=True):
+            assert copy.grad is not None
+            master.grad, copy.grad = copy.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self._copy()
+        self.step += 1
+
+    def save(self, *, last: bool) -> None:
+        """The whole state now and then; the weights alone every thousand steps."""
+        if self.step % SAVE_STEPS == 0 or last:
+            state = {"model": self.master.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+            torch.save(state, self.out / "next.pt")
+            os.replace(self.out / "next.pt", self.out / "last.pt")
+        if self.step % KEEP_STEPS == 0 or last:
+            torch.save(self.master.state_dict(), self.out / f"weights-{self.step}.pt")
+
+    def _copy(self) -> None:
+        torch._foreach_copy_([one.data for one in self._copies], [one.data for one in self._masters])
+
+
+def losses(groups: Sequence[Group], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(how far each group's distribution is from the teacher's, how far each probability is)."""
+    parts = torch.split(logits, [len(group["texts"]) for group in groups])
+    listwise = [
+        kl_div(log_softmax(own, 0), log_softmax(torch.tensor(group["logits"]), 0), log_target=True, reduction="sum")
+        for own, group in zip(parts, groups, strict=True)
+    ]
+    wanted = torch.tensor([value for group in groups for value in group["probabilities"]])
+    return torch.stack(listwise).mean(), binary_cross_entropy_with_logits(logits, wanted)
+
+
+def train(work: Path, out: Path, decay_from: int | None, steps: int | None, epochs: int) -> None:
+    """Train from the last checkpoint to the last step."""
+    tokens = Tokens(work)
+    groups = read_groups(work)
+    schedule = [step for epoch in range(epochs) for step in plan(groups, tokens, SEED + epoch)]
+    schedule = schedule[:steps]
+    out.mkdir(parents=True, exist_ok=True)
+    run, begin, pairs, sums = Run(work, out), time.monotonic(), 0, [0.0, 0.0]
+    print(f"{len(groups)} groups, {len(schedule)} steps, beginning at {run.step}", flush=True)
+    while run.step < len(schedule):
+        chosen = [groups[index] for index in schedule[run.step]]
+        texts = [pair for group in chosen for pair in pairs_of(group, tokens)]
+        listwise, pointwise = losses(chosen, logits_of(run.model, texts))
+        run.update(listwise + POINTWISE_WEIGHT * pointwise, rate(run.step, len(schedule) if decay_from is None else decay_from, len(schedule)))
+        pairs, sums = pairs + len(texts), [sums[0] + listwise.item(), sums[1] + pointwise.item()]
+        if run.step % PRINT_STEPS == 0:
+            speed = pairs / (time.monotonic() - begin)
+            means = f"listwise {sums[0] / PRINT_STEPS:.4f}, pointwise {sums[1] / PRINT_STEPS:.4f}"
+            print(f"{time.strftime('%H:%M:%S')} {run.step}/{len(schedule)}: {means}, {speed:.0f} pairs/s", flush=True)
+            sums = [0.0, 0.0]
+        run.save(last=run.step == len(schedule))
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="directory that training.build has filled")
+    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="stop there (default: the end of the last epoch)")
+    parser.add_argument("--decay-from", type=int, help="the step from which the learning rate falls (default: it does not)")
+    options = parser.parse_args()
+    train(options.work, options.out, options.decay_from, options.steps, options.epochs)
+
+
+if __name__ == "__main__":
+    main()
