@@ -201,6 +201,25 @@ def test_an_artefact_is_found_by_the_models_name_until_the_model_changes(spawn: 
     second.logged("made from other files")
 
 
+def test_a_hub_models_artefact_serves_its_revision_without_the_hubs_cache(spawn: Any, model: Path, tmp_path: Path) -> None:
+    home, place, commit = tmp_path / "hub-home", tmp_path / "artefacts", "c" * 40
+    repository = home / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model, repository / "snapshots" / commit)
+    done = prewarm("--json", "--model", "org/tiny", "--artefacts", place, HF_HOME=str(home), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["revision"] == commit
+    shutil.rmtree(home)
+    settings = ["--model", "org/tiny", "--artefacts", str(place), "--local-files-only"]
+    host = spawn(*settings, backend=None, env={"HF_HOME": str(home)})
+    assert scores(host)
+    assert host.ask({"type": "info"})["model_revision"] == commit
+    other = spawn(*settings, "--model-revision", "d" * 40, backend=None, env={"HF_HOME": str(home)})
+    assert other.wait_exit(DEADLINE_S) == 66
+    other.read_line()
+
+
 def test_settings_that_do_not_fit_an_artefact_are_refused(spawn: Any, copied: Path) -> None:
     host = spawn("--model", str(copied), "--dtype", "bfloat16", backend=None)
     assert "float32" in host.read_line()["error"]
