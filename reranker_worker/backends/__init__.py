@@ -6,6 +6,7 @@ common to all runtimes (sorting by length, passes, halving, probabilities, check
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -92,6 +93,12 @@ class Backend(Protocol):
 
     def activate(self, logits: list[float]) -> list[float]:
         """Exactly what the model's own `predict` returns by default for these logits."""
+
+
+def library_versions(backend: Backend) -> dict[str, str]:
+    """Versions of the libraries that decide the scores, as the backend's own module tells them."""
+    versions = getattr(sys.modules[type(backend).__module__], "versions", dict)
+    return dict(versions())
 
 
 def open_backend(config: Config, model: ResolvedModel, threads: int, log: Callable[[str], None] = lambda text: None) -> Backend:

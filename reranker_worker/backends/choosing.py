@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reranker_worker.backends import Backend, BackendError
-from reranker_worker.backends.declared import UnsupportedModelError
+from reranker_worker.backends.declared import UnsupportedModelError, read_declared
 from reranker_worker.machine import may_have_accelerator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from reranker_worker.backends.declared import Declared
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
 
@@ -80,24 +81,23 @@ def _open(name: str, dtype: str, config: Config, model: ResolvedModel, threads: 
     if not _is_installed(_RUNTIMES[name]):
         text = f"The Python package {_RUNTIMES[name]} is not installed; run pip install {_RUNTIMES[name]}, or set RERANKING_BACKEND=auto."
         raise BackendError(text, _UNSAFE)
+    declared = read_declared(model.path)
     if model.artefact is not None:
-        return _open_graph(name, dtype, config, model.path, model.path, model.artefact.positions, threads)
+        return _open_graph(name, dtype, config, declared, model.path, model.artefact.positions, threads)
     try:
         with tempfile.TemporaryDirectory(prefix="reranker-") as scratch:
-            positions = write_graph(model.path, Path(scratch))
+            positions = _write_graph(model.path, declared, Path(scratch))
             # Mapped files live on when their names are gone.
-            return _open_graph(name, dtype, config, model.path, Path(scratch), positions, threads)
+            return _open_graph(name, dtype, config, declared, Path(scratch), positions, threads)
     except OSError as error:
         text = f"The model's graph cannot be written ({error.strerror}); prewarm the model, or set TMPDIR to a place that has room."
         raise BackendError(text, _UNFIT) from error
 
 
-def write_graph(model: Path, directory: Path) -> int:
+def _write_graph(model: Path, declared: Declared, directory: Path) -> int:
     """Write the float32 graph of a model directory; returns how many tokens it can number. Raises UnsupportedModelError, OSError."""
-    from reranker_worker.backends.declared import read_declared
     from reranker_worker.backends.encoder import read_encoder
 
-    declared = read_declared(model)
     encoder = read_encoder(model, declared.config, typed=declared.typed)
     try:
         from reranker_worker.backends.onnx_graph import save_graph
@@ -107,10 +107,7 @@ def write_graph(model: Path, directory: Path) -> int:
     return len(encoder.position)
 
 
-def _open_graph(name: str, dtype: str, config: Config, model: Path, graph: Path, positions: int, threads: int) -> Backend:
-    from reranker_worker.backends.declared import read_declared
-
-    declared = read_declared(model)
+def _open_graph(name: str, dtype: str, config: Config, declared: Declared, graph: Path, positions: int, threads: int) -> Backend:
     if name == "onnx":
         from reranker_worker.backends.onnx import OnnxBackend
 

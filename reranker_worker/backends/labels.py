@@ -34,6 +34,13 @@ def relevance_index(labels: Sequence[str], wanted: str) -> int:
     return declared[0]
 
 
+def check_scale(scores: str, labels: Sequence[str]) -> None:
+    """Raise BackendError(78) when the scale that the settings want (`RERANKING_SCORES`) cannot be had of a model with these labels."""
+    if scores == "model" and len(labels) > 1:
+        text = f"RERANKING_SCORES=model needs a model with one output, and this one has {len(labels)}; use probability or logit."
+        raise BackendError(text, _BAD_CONFIGURATION)
+
+
 def _normalized(label: str) -> str:
     return label.strip().lower().replace(" ", "_").replace("-", "_")
 

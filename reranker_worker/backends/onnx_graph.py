@@ -125,7 +125,7 @@ class _Graph:
     def _layer(self, name: str, layer: Layer, state: str) -> str:
         # One multiplication for all three and a split behind it cost 5 % of a pass more than three (measured).
         query, key, value = (
-            self._node("Gather", [self._linear(f"{name}.{part}", linear, state), "spread"])
+            self._table(f"{name}.{part}", linear, state)
             for part, linear in (("query", self._scaled(layer.query)), ("key", layer.key), ("value", layer.value))
         )
         context = self._node("Gather", [self._attention(self._heads(query), key, value), "gather"])
@@ -134,12 +134,13 @@ class _Graph:
     def _last_layer(self, name: str, layer: Layer, state: str) -> str:
         first = self._node("Gather", [state, "first"])
         query = self._linear(name + ".query", self._scaled(layer.query), first)
-        key, value = (
-            self._node("Gather", [self._linear(f"{name}.{part}", linear, state), "spread"])
-            for part, linear in (("key", layer.key), ("value", layer.value))
-        )
+        key, value = self._table(name + ".key", layer.key, state), self._table(name + ".value", layer.value, state)
         context = self._attention(self._heads(self._node("Unsqueeze", [query, "axis_1"])), key, value)
         return self._feed_forward(name, layer, context, first)
+
+    def _table(self, name: str, linear: Linear, state: str) -> str:
+        """(pairs, longest, width): a linear layer's rows, spread for attention."""
+        return self._node("Gather", [self._linear(name, linear, state), "spread"])
 
     def _scaled(self, query: Linear) -> Linear:
         """The query with the attention's 1 / sqrt(width of a head) in its weights."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reranker_worker.backends import BackendError, BackendInfo, OutOfMemoryError, Pair, Tokens
 from reranker_worker.backends.chat_templates import MessageTokenizer
-from reranker_worker.backends.labels import relevance_index
+from reranker_worker.backends.labels import check_scale, relevance_index
+from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, package_versions
 from reranker_worker.backends.texts import PairIds, PairTokenizer, supports_pairs
-from reranker_worker.backends.torch_device import bound_shape_caches, is_out_of_memory, release_memory, resolve_device, use_threads
+from reranker_worker.backends.torch_device import (
+    ACCELERATOR_PASS_TOKENS,
+    bound_shape_caches,
+    is_out_of_memory,
+    release_memory,
+    resolve_device,
+    use_threads,
+)
 from reranker_worker.backends.torch_loading import load_cross_encoder, longest_pair
 
 if TYPE_CHECKING:
@@ -20,12 +27,6 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
 
-# On a CPU a pass should fit the caches, on an accelerator it should fill the device. Measured on 2 idle cores with MiniLM-L6 and 128
-# mixed passages in requests of 8: passes of 512 tokens side by side, one thread each, 1.92 times as fast as `predict`; passes of
-# 1,024 one after the other on both threads 1.63 times, because the threads of one pass wait for each other at every operator.
-_CPU_PASS_TOKENS = 512
-_MOST_PARALLEL_PASSES = 4
-_ACCELERATOR_PASS_TOKENS = 16384
 _REMEMBERED_SHAPES = 16
 _UNFIT, _UNSAFE = 71, 78
 _TENSORS = {"input_ids", "attention_mask", "token_type_ids"}
@@ -41,14 +42,12 @@ class TorchBackend:
         # Here every width of a padded pass is a shape of its own: without a bound the engine grew by 70 MiB over 1,200 random requests.
         bound_shape_caches(_REMEMBERED_SHAPES)
         self._device = resolve_device(config.device)
-        parallel = min(threads, _MOST_PARALLEL_PASSES) if self._device.type == "cpu" else 1
+        parallel = min(threads, MOST_PARALLEL_PASSES) if self._device.type == "cpu" else 1
         use_threads(threads // parallel)
         self._model: Any = load_cross_encoder(config, model, self._device)
         labels = _labels(self._model)
         self._label = relevance_index(labels, config.relevance_label)
-        if config.scores == "model" and len(labels) > 1:
-            text = f"RERANKING_SCORES=model needs a model with one output, and this one has {len(labels)}; use probability or logit."
-            raise BackendError(text, _UNSAFE)
+        check_scale(config.scores, labels)
         self._extra, self._typed = self._probe(model.name)
         # Read once: `tokenize` and `score` may run in two threads, and the tokenizer belongs to the first.
         tokenizer = self._model.tokenizer
@@ -56,7 +55,7 @@ class TorchBackend:
         self._pad_type_id: int = tokenizer.pad_token_type_id
         self._pads_left = tokenizer.padding_side == "left"
         self._tokenizer, takes_instruction = self._pair_tokenizer()
-        pass_tokens = config.max_pass_tokens or (_CPU_PASS_TOKENS if self._device.type == "cpu" else _ACCELERATOR_PASS_TOKENS)
+        pass_tokens = config.max_pass_tokens or (CPU_PASS_TOKENS if self._device.type == "cpu" else ACCELERATOR_PASS_TOKENS)
         self.info = BackendInfo(
             backend="torch",
             device=str(self._device),
@@ -155,13 +154,7 @@ class TorchBackend:
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide the scores, read from the installed packages without importing them."""
-    found = {}
-    for name in ("torch", "transformers", "sentence_transformers", "tokenizers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return package_versions("torch", "transformers", "sentence_transformers", "tokenizers")
 
 
 def _labels(model: Any) -> list[str]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _UNFIT, _UNSAFE = 71, 78
+# An accelerator should be filled.
+ACCELERATOR_PASS_TOKENS = 16_384
 
 
 def resolve_device(name: str) -> torch.device:

@@ -16,7 +16,7 @@ from reranker_worker.backends.encoder import read_encoder
 from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, PackedBackend, package_versions
 from reranker_worker.backends.packing import Packed, pack
 from reranker_worker.backends.texts import PairIds
-from reranker_worker.backends.torch_device import is_out_of_memory, release_memory, resolve_device, use_threads
+from reranker_worker.backends.torch_device import ACCELERATOR_PASS_TOKENS, is_out_of_memory, release_memory, resolve_device, use_threads
 from reranker_worker.backends.torch_packed_network import ROWS, PackedNetwork
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from reranker_worker.config import Config
     from reranker_worker.models import ResolvedModel
 
-# An accelerator should be filled.
-_ACCELERATOR_PASS_TOKENS = 16_384
 _UNFIT, _UNSAFE = 71, 78
 # Half precision is chosen, never assumed: "auto" is exact.
 _DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +51,7 @@ class PackedTorchBackend(PackedBackend):
             device=str(device),
             dtype=str(dtype).removeprefix("torch."),
             positions=positions,
-            pass_tokens=CPU_PASS_TOKENS if is_cpu else _ACCELERATOR_PASS_TOKENS,
+            pass_tokens=CPU_PASS_TOKENS if is_cpu else ACCELERATOR_PASS_TOKENS,
             parallel=parallel,
         )
         self._network = _opened(encoder, device, dtype)

@@ -16,12 +16,13 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from reranker_worker.backends import Backend, BackendError, open_backend
+from reranker_worker.backends import Backend, BackendError, library_versions, open_backend
 from reranker_worker.config import Config
 from reranker_worker.engine.frames import FrameReader, pack
 from reranker_worker.engine.scoring import EngineSickError, Scorer, Started
 from reranker_worker.machine import no_core_dump, usable_threads
 from reranker_worker.models import ModelError, ResolvedModel, resolve
+from reranker_worker.models.known_pairs import ANY_PAIRS, read_known_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,11 +30,6 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _PROGRESS_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
-_KNOWN_PAIRS = (
-    ("What is the capital of France?", "Paris is the capital and largest city of France."),
-    ("What is the capital of France?", "Bread is baked from flour, water and salt."),
-)
-_KNOWN_PAIRS_FILE = "known_pairs.json"
 _TOLERANCE = {"float32": 1e-3}  # of a known logit; other kinds of CPU differ by about 1e-5
 _REDUCED_TOLERANCE = 0.25
 _INTERNAL_ERROR = 70
@@ -146,7 +142,8 @@ class _Engine:
             self._give_up(f"The model could not be loaded: {_summary(error)}", _CORRUPT)
         info = {name: getattr(backend.info, name) for name in backend.info.__slots__}
         info |= {"model": model.name, "model_path": str(model.path), "model_revision": model.revision, "model_source": model.source}
-        info |= {"load_time_ms": round((time.monotonic() - begin) * 1e3), "threads": threads, "tokens_per_ms": speed, "versions": _versions(backend)}
+        info |= {"load_time_ms": round((time.monotonic() - begin) * 1e3), "threads": threads, "tokens_per_ms": speed}
+        info["versions"] = library_versions(backend)
         self._send({"event": "ready", "info": info})
         return scorer
 
@@ -179,12 +176,9 @@ def _resolve(config: Config, stage: Any) -> ResolvedModel:
 
 def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: Config) -> float:
     """Score known pairs before `ready`; returns the speed seen, in tokens per millisecond. Raises BackendError if a score is wrong."""
-    import orjson
-
-    expected = [(query, document, None) for query, document in _KNOWN_PAIRS]
-    file = model.path / _KNOWN_PAIRS_FILE
-    if config.backend != "fake" and file.is_file():
-        expected += [(pair["query"], pair["document"], pair["logit"]) for pair in orjson.loads(file.read_bytes())]
+    expected: list[tuple[str, str, float | None]] = [(query, document, None) for query, document in ANY_PAIRS]
+    if config.backend != "fake":
+        expected += read_known_pairs(model.path)
     groups = [[query, 0, 0, "", [document]] for query, document, _ in expected]
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": groups}), lambda batch: None)
     if frame["failures"]:
@@ -198,12 +192,6 @@ def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: C
     passages = [f"{number} reranking" + " speed" * 60 for number in range(4)]
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": [["speed", 0, 0, "", passages]]}), lambda batch: None)
     return float(sum(frame["tokens"]) / max(0.05, frame["tokenize_ms"] + frame["inference_ms"]))
-
-
-def _versions(backend: Backend) -> dict[str, str]:
-    """Versions of the libraries that decide the scores, as the backend's own module tells them."""
-    versions = getattr(sys.modules[type(backend).__module__], "versions", dict)
-    return dict(versions())
 
 
 def _summary(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker.models.errors import CORRUPT, UNSAFE, ModelError, shown
-from reranker_worker.models.manifest import MANIFEST_NAME
+from reranker_worker.models.manifest import MANIFEST_NAME, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -148,9 +148,3 @@ def is_stale(artefact: Artefact, directory: Path) -> bool:
         if path.stat().st_mtime_ns != mtime_ns and sha256_of(path) != digest:
             return True
     return False
-
-
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -37,14 +37,19 @@ def verify_manifest(directory: Path, progress: Callable[[str, int, int], None]) 
             raise ModelError(f"{text} ({path.stat().st_size} bytes); fetch the model again.", CORRUPT)
 
 
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_manifest(directory: Path) -> None:
     """Write the manifest of every other file in a directory and below it."""
     lines = []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != MANIFEST_NAME:
-            with path.open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+            lines.append(f"{sha256_of(path)}  {name}\n")
     (directory / MANIFEST_NAME).write_text("".join(lines), encoding="utf-8")
 
 

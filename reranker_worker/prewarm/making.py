@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from reranker_worker.backends import Backend, BackendError, Pair
+from reranker_worker.backends import Backend, BackendError, Pair, library_versions
 from reranker_worker.backends.choosing import choose_backend
 from reranker_worker.backends.declared import UnsupportedModelError, read_declared
 from reranker_worker.backends.encoder import read_encoder
@@ -35,6 +34,7 @@ from reranker_worker.models.artefacts import (
     read_artefact,
 )
 from reranker_worker.models.errors import CANNOT_CREATE, MISSING, UNSAFE, shown
+from reranker_worker.models.known_pairs import ANY_PAIRS, KNOWN_PAIRS_FILE, KnownPair, read_known_pairs, write_known_pairs
 from reranker_worker.models.manifest import MANIFEST_NAME, verify_manifest, write_manifest
 from reranker_worker.prewarm.parity import Parity, compare, score_questions
 from reranker_worker.prewarm.sample import for_calibration, for_comparison
@@ -44,13 +44,8 @@ if TYPE_CHECKING:
 
     from reranker_worker.config import Config
 
-_KNOWN_PAIRS_FILE = "known_pairs.json"
-_KNOWN_PAIRS = [
-    ("What is the capital of France?", "Paris is the capital and largest city of France."),
-    ("What is the capital of France?", "Bread is baked from flour, water and salt."),
-]
 _PARITY = 65
-_LEFT_BEHIND = (MANIFEST_NAME, _KNOWN_PAIRS_FILE, ARTEFACT_FILE, "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.onnx", "*.md", ".git*")
+_LEFT_BEHIND = (MANIFEST_NAME, KNOWN_PAIRS_FILE, ARTEFACT_FILE, "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.onnx", "*.md", ".git*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +157,13 @@ def _write(config: Config, source: ResolvedModel, place: Path, progress: Callabl
         raise BackendError(f"{backend} {dtype} does not give the ranking of {shown(config.model)}: {problem}. Use another dtype.", _PARITY)
     _write_known_pairs(opened, source, place)
     figures = {name: round(value, 6) for name, value in asdict(parity).items()}
-    artefact = replace(draft, parity=figures, pairs_per_second=round(speed, 1), versions=_versions(opened))
+    artefact = replace(draft, parity=figures, pairs_per_second=round(speed, 1), versions=library_versions(opened))
     (place / ARTEFACT_FILE).write_bytes(artefact.to_json())
     return artefact
 
 
 def _threads(config: Config) -> int:
     return config.threads or usable_threads()
-
-
-def _versions(backend: Backend) -> dict[str, str]:
-    import sys
-
-    return dict(getattr(sys.modules[type(backend).__module__], "versions", dict)())
 
 
 def _export(source: ResolvedModel, backend: str, dtype: str, place: Path) -> int:
@@ -193,7 +182,7 @@ def _export(source: ResolvedModel, backend: str, dtype: str, place: Path) -> int
         ranges = calibrate(encoder, declared, for_calibration())
     save_graph(encoder, place, ranges)
     for path in sorted(source.path.glob("*.json")):
-        if path.name not in (_KNOWN_PAIRS_FILE, ARTEFACT_FILE) and not path.name.endswith(".index.json"):
+        if path.name not in (KNOWN_PAIRS_FILE, ARTEFACT_FILE) and not path.name.endswith(".index.json"):
             (place / path.name).write_bytes(path.read_bytes())
     return len(encoder.position)
 
@@ -214,8 +203,6 @@ def _compare(opened: Backend, config: Config, source: ResolvedModel, progress: C
 
 def _write_known_pairs(backend: Backend, source: ResolvedModel, place: Path) -> None:
     """The artefact's own scores of a few pairs: another machine whose arithmetic differs is found out at its start."""
-    file = source.path / _KNOWN_PAIRS_FILE
-    pairs = [(pair["query"], pair["document"]) for pair in json.loads(file.read_bytes())] if file.is_file() else _KNOWN_PAIRS
+    pairs = [(known.query, known.document) for known in read_known_pairs(source.path)] or ANY_PAIRS
     logits = backend.score(backend.tokenize([Pair(query, document, backend.info.max_length) for query, document in pairs]))
-    known: list[Any] = [{"query": q, "document": d, "logit": round(logit, 6)} for (q, d), logit in zip(pairs, logits, strict=True)]
-    (place / _KNOWN_PAIRS_FILE).write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_known_pairs(place, [KnownPair(query, document, logit) for (query, document), logit in zip(pairs, logits, strict=True)])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parity import FAMILIES, PARITY, farthest, logits_of, predicted, some_pairs
 from tiny_models import WORDS
 
 from reranker_worker.backends import Backend, BackendError, OutOfMemoryError, Pair, open_backend
@@ -20,8 +21,6 @@ from reranker_worker.config import Config
 from reranker_worker.models import ResolvedModel
 
 ModelMaker = Callable[..., Path]
-PARITY = 1e-4
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 
 
 def opened(path: Path, notes: list[str] | None = None, **settings: Any) -> Backend:
@@ -42,32 +41,6 @@ def by_the_library(path: Path) -> Backend:
     from reranker_worker.backends.torch import TorchBackend
 
     return TorchBackend(Config(device="cpu"), ResolvedModel(str(path), path, None, "directory"), 1)
-
-
-def predicted(path: Path, pairs: list[tuple[str, str]]) -> list[float]:
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    model = CrossEncoder(str(path), device="cpu", local_files_only=True)
-    return list(model.predict(pairs, activation_fn=torch.nn.Identity()).tolist())
-
-
-def logits_of(backend: Backend, pairs: list[tuple[str, str]]) -> list[float]:
-    return backend.score(backend.tokenize([Pair(query, document, backend.info.max_length) for query, document in pairs]))
-
-
-def some_pairs(seed: int, count: int) -> list[tuple[str, str]]:
-    chance = random.Random(seed)
-
-    def words(most: int) -> str:
-        return " ".join(chance.choice(WORDS) for _ in range(chance.randrange(most)))
-
-    return [(words(8), words(40)) for _ in range(count - 3)] + [("where is the boat", ""), ("", "the boat"), ("", "")]
-
-
-def farthest(left: list[float], right: list[float]) -> float:
-    assert len(left) == len(right)
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 def changed(path: Path, target: Path, name: str, **changes: Any) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import WORDS
+from parity import FAMILIES, PARITY, farthest, logits_of, predicted, some_pairs
 
 # Looked for and not imported: a plain import of openvino reports itself to its maker (see backends/openvino.py).
 if importlib.util.find_spec("openvino") is None or importlib.util.find_spec("onnx") is None:
@@ -30,10 +30,8 @@ from reranker_worker.config import Config
 
 ModelMaker = Callable[..., Path]
 Opener = Callable[..., OpenVinoBackend]
-PARITY = 1e-4
 # 89 with the bound on a 2-core Xeon with AMX, 529 without.
 GROWTH_MB = 200
-FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
 
 
 @pytest.fixture
@@ -48,31 +46,6 @@ def opened(tmp_path: Path) -> Opener:
         return OpenVinoBackend(config, declared, tmp_path, positions=len(encoder.position), dtype=dtype, threads=threads)
 
     return open_one
-
-
-def predicted(path: Path, pairs: list[tuple[str, str]], **options: Any) -> Any:
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    return CrossEncoder(str(path), device="cpu", local_files_only=True).predict(pairs, **{"activation_fn": torch.nn.Identity(), **options})
-
-
-def logits_of(backend: OpenVinoBackend, pairs: list[tuple[str, str]]) -> list[float]:
-    return backend.score(backend.tokenize([Pair(query, document, backend.info.max_length) for query, document in pairs]))
-
-
-def some_pairs(seed: int, count: int) -> list[tuple[str, str]]:
-    chance = random.Random(seed)
-
-    def words(most: int) -> str:
-        return " ".join(chance.choice(WORDS) for _ in range(chance.randrange(most)))
-
-    return [(words(8), words(40)) for _ in range(count - 3)] + [("where is the boat", ""), ("", "the boat"), ("", "")]
-
-
-def farthest(left: Any, right: Any) -> float:
-    assert len(left) == len(right)
-    return max(abs(float(a) - float(b)) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

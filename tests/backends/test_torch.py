@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import ARCHITECTURES, WORDS
+from parity import PARITY, farthest, logits_of, some_pairs
+from tiny_models import ARCHITECTURES
 
 from reranker_worker.backends import BackendError, OutOfMemoryError, Pair
 from reranker_worker.backends.torch import TorchBackend, versions
@@ -20,7 +21,6 @@ from reranker_worker.config import Config
 from reranker_worker.models import ResolvedModel
 
 ModelMaker = Callable[..., Path]
-PARITY = 1e-4
 
 
 def opened(path: Path, **settings: Any) -> TorchBackend:
@@ -39,24 +39,6 @@ def library(path: Path) -> Any:
     from sentence_transformers import CrossEncoder
 
     return CrossEncoder(str(path), device="cpu", local_files_only=True)
-
-
-def logits_of(backend: TorchBackend, pairs: list[tuple[str, str]]) -> list[float]:
-    return backend.score(backend.tokenize([Pair(query, document, backend.info.max_length) for query, document in pairs]))
-
-
-def some_pairs(seed: int, count: int) -> list[tuple[str, str]]:
-    chance = random.Random(seed)
-
-    def words(most: int) -> str:
-        return " ".join(chance.choice(WORDS) for _ in range(chance.randrange(most)))
-
-    return [(words(8), words(40)) for _ in range(count - 3)] + [("where is the boat", ""), ("", "the boat"), ("", "")]
-
-
-def farthest(left: list[float], right: list[float]) -> float:
-    assert len(left) == len(right)
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WORDS
+from parity import FAMILIES, PARITY, farthest, logits_of, predicted, some_pairs
 
 from reranker_worker.backends import BackendError, OutOfMemoryError, Pair
 from reranker_worker.backends import torch_packed_network as network
@@ -25,40 +25,14 @@ from reranker_worker.config import Config
 from reranker_worker.models import ResolvedModel
 
 ModelMaker = Callable[..., Path]
-PARITY = 1e-4
 # 52 with the bound on a 2-core Xeon with AMX, 619 without.
 GROWTH_MB = 150
-FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
 CPU = torch.device("cpu")
 
 
 def opened(path: Path, threads: int = 1, **settings: Any) -> PackedTorchBackend:
     config = Config(model=str(path), **{"device": "cpu", **settings})
     return open_packed(config, ResolvedModel(str(path), path, None, "directory"), threads)
-
-
-def predicted(path: Path, pairs: list[tuple[str, str]], **options: Any) -> Any:
-    from sentence_transformers import CrossEncoder
-
-    return CrossEncoder(str(path), device="cpu", local_files_only=True).predict(pairs, **{"activation_fn": torch.nn.Identity(), **options})
-
-
-def logits_of(backend: PackedTorchBackend, pairs: list[tuple[str, str]]) -> list[float]:
-    return backend.score(backend.tokenize([Pair(query, document, backend.info.max_length) for query, document in pairs]))
-
-
-def some_pairs(seed: int, count: int) -> list[tuple[str, str]]:
-    chance = random.Random(seed)
-
-    def words(most: int) -> str:
-        return " ".join(chance.choice(WORDS) for _ in range(chance.randrange(most)))
-
-    return [(words(8), words(40)) for _ in range(count - 3)] + [("where is the boat", ""), ("", "the boat"), ("", "")]
-
-
-def farthest(left: Any, right: Any) -> float:
-    assert len(left) == len(right)
-    return max(abs(float(a) - float(b)) for a, b in zip(left, right, strict=True))
 
 
 def variant(path: Path, source: Path, **changes: Any) -> Path:

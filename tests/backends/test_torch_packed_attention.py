@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_packed import CPU, FAMILIES, PARITY, farthest, logits_of, opened, some_pairs
+from parity import FAMILIES, PARITY, farthest, logits_of, some_pairs
+from test_torch_packed import CPU, opened
 
 from reranker_worker.backends import torch_packed_attention as attention
 
