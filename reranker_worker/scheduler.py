@@ -45,7 +45,7 @@ class Scheduler:
         self._open: dict[int, Job] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._batch_number = 0
-        self._packed_turn = 0
+        self._batches_past_oldest = 0  # without a pair of the one that has waited longest
         self.waiting_pairs = 0
         self.waiting_bytes = 0
         self.waiting_jobs = 0
@@ -219,12 +219,12 @@ class Scheduler:
 
     def _packed_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch for an engine that pads nothing: requests with the fewest pairs left come first, so that a small one behind a large one is
-        whole after its own work; but each fourth batch begins with the oldest, so that a stream of small ones starves none."""
+        whole after its own work; but of four batches in a row one begins with the oldest, so that a stream of small ones starves none."""
         jobs = self._waiting_jobs()
         if not jobs:
             return None
-        self._packed_turn = (self._packed_turn + 1) % _TURNS
-        if self._packed_turn:
+        oldest = min(jobs, key=lambda job: (job.priority, job.number))
+        if self._batches_past_oldest < _TURNS - 1:
             jobs.sort(key=lambda job: (job.priority, job.missing))
         else:
             jobs.sort(key=lambda job: (job.priority, job.number))
@@ -233,6 +233,7 @@ class Scheduler:
         if jobs[0].unsent * self.pace.tokens_per_pair > 2 * budget:
             # Two batches are in flight: those of a long request take the target time together, so that a newcomer waits for little.
             budget = self.pace.budget_tokens(self._batch_target_ms / 2)
+        unsent = oldest.unsent
         for job in jobs:
             # What is whole with this batch need not wait for a part of what is not.
             if tokens >= self.pace.pass_tokens and slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:
@@ -241,6 +242,7 @@ class Scheduler:
             slices, tokens, room = slices + taken, tokens + cost, room - count
             if room <= 0 or tokens >= budget:
                 break
+        self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0
         return self._batch(slices, tokens) if slices else self._packed_batch(now, limit, budget)
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:

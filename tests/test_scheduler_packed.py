@@ -56,6 +56,18 @@ def test_a_small_request_behind_a_large_one_waits_for_little_more_than_its_own_w
     assert batches_until(scheduler, 2) <= own + 2
 
 
+def test_a_large_request_that_has_just_had_batches_lets_a_newcomer_pass_at_once() -> None:
+    for before in range(1, 9):
+        scheduler = make()
+        scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+        for _ in range(before):
+            assert scheduler.next_batch(0.0) is not None
+        scheduler.add(make_job(2, *texts("small", 2, CHARS)))
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+        assert batch.slices[0].job.number == 2
+
+
 def test_a_stream_of_small_requests_does_not_starve_a_large_one() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("large", 30, CHARS)))
