@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import onnxruntime
-
 from reranker_worker.backends import BackendError, OutOfMemoryError
 from reranker_worker.backends.graph_files import GRAPH_FILE
+from reranker_worker.backends.onnx_runtime import runtime
 from reranker_worker.backends.packed import MOST_PARALLEL_PASSES, PackedBackend, package_versions
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from reranker_worker.backends.packing import Packed
     from reranker_worker.config import Config
 
-_ort: Any = onnxruntime  # its types are few
 _FATAL_ONLY = 4
 _UNFIT = 71
 # Two threads, pairs per second with passes of 128, 256 and 512 tokens: float32 143, 149, 143; int8 440, 448, 402.
@@ -52,7 +50,7 @@ class OnnxBackend(PackedBackend):
 
 
 def _open(graph: Path, dtype: str) -> Any:
-    options = _ort.SessionOptions()
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = _FATAL_ONLY
@@ -61,7 +59,7 @@ def _open(graph: Path, dtype: str) -> Any:
     # The runtime's fused kernel for sum and normalization is a quarter of an int8 pass and half as fast as the two alone (measured, 1.31).
     unwanted = ["SkipLayerNormFusion"]
     try:
-        return _ort.InferenceSession(str(graph / GRAPH_FILE), options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted)
+        return runtime.InferenceSession(str(graph / GRAPH_FILE), options, providers=["CPUExecutionProvider"], disabled_optimizers=unwanted)
     except Exception as error:  # as above
         reason = " ".join(str(error).split())[:300]
         raise BackendError(f"ONNX Runtime cannot open the {dtype} graph of the model: {reason!a}", _UNFIT) from error

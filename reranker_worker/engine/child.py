@@ -20,7 +20,7 @@ from reranker_worker.backends import Backend, BackendError, library_versions, op
 from reranker_worker.config import Config
 from reranker_worker.engine.frames import FrameReader, pack
 from reranker_worker.engine.scoring import EngineSickError, Scorer, Started
-from reranker_worker.machine import no_core_dump, usable_threads
+from reranker_worker.machine import die_first, no_core_dump, usable_threads
 from reranker_worker.models import ModelError, ResolvedModel, resolve
 from reranker_worker.models.known_pairs import ANY_PAIRS, read_known_pairs
 
@@ -68,6 +68,7 @@ def _isolate(front_pid: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    die_first()
     no_core_dump()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

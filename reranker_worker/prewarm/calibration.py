@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import onnxruntime
+from typing import TYPE_CHECKING
 
 from reranker_worker.backends import Pair
 from reranker_worker.backends.graph_files import GRAPH_FILE
 from reranker_worker.backends.onnx_graph import Range, save_graph
+from reranker_worker.backends.onnx_runtime import runtime
 from reranker_worker.backends.packing import pack
 from reranker_worker.engine.scoring import plan_passes
 
@@ -35,7 +34,7 @@ def calibrate(encoder: Encoder, declared: Declared, questions: Sequence[Question
     tokens = [item for item in declared.tokenizer.tokenize(pairs) if item.fits]
     with tempfile.TemporaryDirectory() as scratch:
         save_graph(encoder, Path(scratch), watch=True)
-        session: Any = onnxruntime.InferenceSession(str(Path(scratch) / GRAPH_FILE), providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(Path(scratch) / GRAPH_FILE), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs() if output.name != "logits"]
     wanted = [item.name for item in session.get_inputs()]
     seen: dict[str, Range] = {}

@@ -308,3 +308,13 @@ def test_an_engine_that_always_dies_while_loading_ends_the_start_with_70(spawn):
     assert host.read_line()["code"] == "MODEL_LOAD_ERROR"
     assert not host.has_line()
     assert len(killed) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="only Linux has it")
+def test_where_memory_runs_out_the_kernel_takes_the_engine_and_neither_the_front_nor_the_host(spawn):
+    host = spawn()
+    host.wait_ready()
+    (engine,) = host.engine_pids()
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (engine, host.pid, os.getpid())]
+    assert scores[0] == 1000
+    assert scores[1] == scores[2] < 1000

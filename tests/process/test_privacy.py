@@ -130,6 +130,15 @@ def test_no_text_of_two_thousand_requests_and_all_faults_leaves_except_in_answer
             assert MARKER.encode() not in Path(root, name).read_bytes()
 
 
+def test_serving_with_onnx_runtime_leaves_nothing_in_the_home_directory(spawn, tmp_path):
+    """Its wheels write an identifier of the device there, for their maker's telemetry, unless they are told not to."""
+    host = spawn("--backend", "onnx", backend=None, env={"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")})
+    host.wait_ready()
+    assert "scores" in host.ask(request(["a document"], "a query"))
+    stop(host)
+    assert list(tmp_path.iterdir()) == []
+
+
 def core_limits(pid: int) -> tuple[str, ...]:
     lines = Path(f"/proc/{pid}/limits").read_text().splitlines()
     return tuple(next(line for line in lines if line.startswith("Max core file size")).split()[4:6])
