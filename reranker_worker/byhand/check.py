@@ -34,7 +34,7 @@ _REQUEST_TIMEOUT_MS = 600_000
 _MIB = 1024 * 1024
 _TIGHT_MEMORY = 0.8
 # What to do, by the worker's exit code; its own sentence comes first and is more exact.
-_ADVICE = {
+ADVICE = {
     64: "Correct the setting; `--help` lists all of them.",
     65: "Fetch the model again, and check that its files are complete.",
     66: "Correct the name or the path of the model (--model, RERANKING_MODEL_PATH).",
@@ -81,7 +81,12 @@ class Report:
 
 def run(arguments: Sequence[str]) -> int:
     """The command; its exit code: 0, or why this machine cannot serve the model."""
+    if "--deploy" in arguments:
+        from reranker_worker.byhand import check_deploy
+
+        return check_deploy.run(arguments)
     parser = Parser("check", "Say whether this machine can serve the model with these settings, and how fast.")
+    parser.add_argument("--deploy", action="store_true", help="is this node ready to serve? files, versions, artefact, a scored pair (no speed)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     given, settings = parser.parse(list(arguments))
     report = Report(as_json=given.json)
@@ -97,9 +102,9 @@ def _ask(report: Report, settings: dict[str, Any]) -> Verdict:
             return _questions(client, ready, report, progress)
     except WorkerGoneError as error:
         code = exit_code_of(error)
-        return _cannot(name, str(error), _ADVICE.get(code, _ADVICE[70]), code)
+        return _cannot(name, str(error), ADVICE.get(code, ADVICE[70]), code)
     except WorkerError as error:
-        return _cannot(name, str(error), _ADVICE[70], 70)
+        return _cannot(name, str(error), ADVICE[70], 70)
 
 
 def _questions(client: Client, ready: Answer, report: Report, progress: Progress) -> Verdict:
