@@ -152,6 +152,8 @@ def parse_value(name: str, raw: str, source: str) -> Any:
         return match[0]
     if meta["pattern"] and not re.fullmatch(meta["pattern"], raw.strip().lower()):
         raise ConfigError(f"{source} must be {meta['text']}, not {raw[:64]!r}.")
+    if raw == "" == default:
+        return raw
     if not raw or any(ord(c) < 32 or 0xD800 <= ord(c) <= 0xDFFF for c in raw):
         raise ConfigError(f"{source} must be a non-empty UTF-8 text without control characters.")
     return raw

@@ -96,6 +96,12 @@ def test_a_choice_is_taken_in_any_case_and_nothing_else_is(name: str) -> None:
         load(flag_name(name), "nonsense")
 
 
+def test_an_empty_flag_is_taken_where_empty_is_the_default_and_refused_elsewhere() -> None:
+    assert load_config(["--model-revision", ""], {"RERANKING_MODEL_REVISION": "v1"}).model_revision == ""
+    with pytest.raises(ConfigError, match="--model must be"):
+        load_config(["--model", ""], {})
+
+
 def test_an_empty_variable_counts_as_unset() -> None:
     assert load(**{env_name(name): "" for name in NAMES}) == Config()
 

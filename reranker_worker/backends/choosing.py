@@ -45,13 +45,22 @@ def choose_backend(config: Config, model: ResolvedModel, threads: int, log: Call
         text = "int8 rounds the weights, which must be checked against the model's own ranking first: "
         raise BackendError(text + "run `python -m reranker_worker prewarm --dtype int8` with the same model, once.", _UNSAFE)
     names = _candidates(config, dtype)
+    refusals: list[BackendError] = []
     for name in names[:-1]:
         try:
             return _open(name, dtype, config, model, threads)
-        except (UnsupportedModelError, BackendError) as error:
+        except BackendError as error:
+            refusals.append(error)
+            log(f"the backend {name} cannot run the model ({error}); trying the next")
+        except UnsupportedModelError as error:
             log(f"the backend {name} cannot run the model ({error}); trying the next")
     try:
         return _open(names[-1], dtype, config, model, threads)
+    except ModuleNotFoundError:
+        # A node without torch is meant to serve with the light backends: what kept them from it is what has to be mended.
+        if refusals:
+            raise refusals[0] from None
+        raise
     except UnsupportedModelError as error:
         text = f"The backend {names[-1]} cannot run the model {model.name!a}: {error}; set RERANKING_BACKEND=auto or torch."
         raise BackendError(text, _UNSAFE) from error

@@ -78,3 +78,13 @@ def test_a_drivers_device_means_that_it_is_worth_looking(name: str, tmp_path: Pa
     (tmp_path / "dev" / name).parent.mkdir(parents=True)
     (tmp_path / "dev" / name).touch()
     assert may_have_accelerator(tmp_path)
+
+
+def test_without_torch_the_reason_is_what_kept_the_light_backend_from_the_model(tiny: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerated(monkeypatch, False)
+    installed(monkeypatch, "onnxruntime")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "reranker_worker.backends.torch_packed", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+    with pytest.raises(BackendError, match=r"graph cannot be written.*prewarm"):
+        opened(tiny("bert"))
