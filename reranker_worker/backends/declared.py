@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from reranker_worker.backends.texts import PairTokenizer, supports_pairs
+from reranker_worker.backends.texts import PairTokenizer, specials_of_pair, supports_pairs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,10 @@ _TRANSFORMER_MODULES = ("sentence_transformers.models.Transformer", "sentence_tr
 # Which tokenizer classes hand token types to the model, unless model_input_names says so.
 _TYPED_TOKENIZERS = {"BertTokenizer", "BertTokenizerFast", "ElectraTokenizer", "ElectraTokenizerFast", "PreTrainedTokenizerFast"}
 _UNTYPED_TOKENIZERS = {"RobertaTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer", "DistilBertTokenizer"}
+# How many special tokens a class puts before, between and after the texts of a pair, whatever tokenizer.json says.
+_ONE_BETWEEN, _TWO_BETWEEN = (1, 1, 1), (1, 2, 1)
+_PAIRS = {"Bert": _ONE_BETWEEN, "Electra": _ONE_BETWEEN, "DistilBert": _ONE_BETWEEN}
+_PAIRS |= {"Roberta": _TWO_BETWEEN, "XLMRoberta": _TWO_BETWEEN, "Camembert": _TWO_BETWEEN}
 
 
 class UnsupportedModelError(Exception):
@@ -144,6 +148,9 @@ def _tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
     tokenizer = Tokenizer.from_file(str(path))
     if not supports_pairs(tokenizer):
         raise UnsupportedModelError("its tokenizer does not write a pair as query and then document")
+    family = str(settings.get("tokenizer_class", "")).removesuffix("Fast").removesuffix("Tokenizer")
+    if family in _PAIRS and specials_of_pair(tokenizer) != _PAIRS[family]:
+        raise UnsupportedModelError("its tokenizer.json writes pairs in another way than its tokenizer class")
     return tokenizer
 
 

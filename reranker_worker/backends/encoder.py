@@ -182,6 +182,13 @@ class _Reader:
             raise UnsupportedModelError(f"it has the tensor {left[0]!a}, which its kind does not have")
 
 
+def _words(word: Tensor) -> NDArray[Any]:
+    """The word embeddings, mapped where numpy has their type; float16 holds every float8."""
+    if word.dtype in ("F16", "F32"):
+        return word.data
+    return as_float32(word).astype("float16") if word.dtype == "F8_E4M3" else as_float32(word)
+
+
 def _read(reader: _Reader, names: _Names, config: dict[str, Any], typed: bool) -> Encoder:
     prefix = names.prefix + "embeddings"
     word = reader.tensor(prefix + ".word_embeddings.weight")
@@ -197,7 +204,7 @@ def _read(reader: _Reader, names: _Names, config: dict[str, Any], typed: bool) -
         heads=int(config.get("num_attention_heads") or config.get("n_heads") or 0),
         epsilon=float(config.get("layer_norm_eps", 1e-12)),
         activation=_activation(config),
-        word=word.data if word.dtype in ("F16", "F32") else as_float32(word),
+        word=_words(word),
         position=position,
         token_type=token_type,
         embedding_norm=reader.norm(prefix + ".LayerNorm"),

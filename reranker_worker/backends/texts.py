@@ -45,7 +45,7 @@ class PairTokenizer:
         self._tokenizer = tokenizer
         self._prompt = prompt
         self._specials: int = tokenizer.num_special_tokens_to_add(True)
-        self._after_document = _specials_after_document(tokenizer)
+        self._after_document = specials_of_pair(tokenizer)[2]
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[Tokens]:
         """One `Tokens` per pair, in order; `inputs` is a `PairIds`, or None where the query leaves no room."""
@@ -131,9 +131,12 @@ def supports_pairs(tokenizer: Any) -> bool:
     return 0 in sequence and 1 in sequence and sequence == sorted(sequence)
 
 
-def _specials_after_document(tokenizer: Any) -> int:
-    sequences = tokenizer.encode("a b c", "1 2 3").sequence_ids
-    return next(count for count, number in enumerate(reversed(sequences)) if number is not None)
+def specials_of_pair(tokenizer: Any) -> tuple[int, int, int]:
+    """How many special tokens it writes before the query, between the texts, and after the document. For tokenizers that support pairs."""
+    owners = tokenizer.encode("a b c", "1 2 3").sequence_ids
+    query, document = owners.index(0), owners.index(1)
+    behind = next(count for count, owner in enumerate(reversed(owners)) if owner is not None)
+    return query, document - query - owners.count(0), behind
 
 
 def _first_prefix(max_length: int) -> int:

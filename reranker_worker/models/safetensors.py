@@ -60,9 +60,25 @@ def as_float32(tensor: Tensor) -> NDArray[np.float32]:
 
     if tensor.dtype == "BF16":
         return (tensor.data.astype(np.uint32) << 16).view(np.float32)
+    if tensor.dtype == "F8_E4M3":
+        numbers: NDArray[np.float32] = _float8(np)[tensor.data]
+        return numbers
     if tensor.dtype not in ("F16", "F32", "F64"):
         raise ValueError(f"weights of type {tensor.dtype}")
     return np.asarray(tensor.data, dtype=np.float32)
+
+
+def _float8(np: Any) -> NDArray[np.float32]:
+    """The number that each byte means in E4M3: a sign, 4 bits of exponent (bias 7), 3 of fraction; no infinities, the last code is no number.
+
+    Layout after Micikevicius et al., "FP8 formats for deep learning" (2022).
+    """
+    code = np.arange(128)
+    exponent, fraction = code >> 3, (code & 7) / 8
+    values = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7.0)).astype(np.float32)
+    values[127] = np.nan
+    both: NDArray[np.float32] = np.concatenate([values, -values])
+    return both
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

@@ -163,6 +163,46 @@ def test_a_bi_encoder_of_the_library_is_left_to_the_library(tiny: ModelMaker, tm
     assert "cross-encoder" in str(refused(path))
 
 
+def test_word_embeddings_stored_in_float8_are_read_as_the_library_reads_them(tiny: ModelMaker, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = shutil.copytree(tiny("bert"), tmp_path / "eighth")
+    tensors = load_file(path / "model.safetensors")
+    (name,) = [name for name in tensors if name.endswith("word_embeddings.weight")]
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    pairs = some_pairs(5, 20)
+    assert farthest(logits_of(opened(path), pairs), predicted(path, pairs)) < PARITY
+    assert farthest(logits_of(opened(path), pairs), predicted(tiny("bert"), pairs)) > 1e-4, "rounding is seen"
+
+
+# A document with a first token of its own, which the class for BERT would leave out.
+OWN_FIRST = [("[CLS]", 0), ("A", 0), ("[SEP]", 0), ("[CLS]", 1), ("B", 1), ("[SEP]", 1)]
+
+
+def post_processor(path: Path) -> dict[str, Any]:
+    pair = [{"Sequence" if name in "AB" else "SpecialToken": {"id": name, "type_id": number}} for name, number in OWN_FIRST]
+    return {**json.loads((path / "tokenizer.json").read_text())["post_processor"], "type": "TemplateProcessing", "pair": pair}
+
+
+def test_a_tokenizer_that_writes_pairs_in_its_own_way_is_followed(tiny: ModelMaker, tmp_path: Path) -> None:
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path = changed(tiny("bert"), tmp_path / "own", "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", model_input_names=names)
+    path = changed(path, tmp_path / "pairs", "tokenizer.json", post_processor=post_processor(path))
+    pairs = some_pairs(6, 20)
+    assert farthest(logits_of(opened(path), pairs), predicted(path, pairs)) < PARITY
+    assert farthest(logits_of(opened(path), pairs), predicted(tiny("bert"), pairs)) > 1e-4
+
+
+def test_a_class_that_would_write_pairs_in_another_way_than_its_file_is_left_to_the_library(tiny: ModelMaker, tmp_path: Path) -> None:
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path = changed(tiny("bert"), tmp_path / "class", "tokenizer_config.json", tokenizer_class="BertTokenizer", model_input_names=names)
+    path = changed(path, tmp_path / "odd", "tokenizer.json", post_processor=post_processor(path))
+    assert "pairs in another way" in str(refused(path))
+    assert opened(path, backend="auto").info.backend == "torch"
+
+
 UNCERTAIN: list[tuple[str, dict[str, Any], str]] = [
     ("config.json", {"architectures": ["BertForTokenClassification"]}, "class"),
     ("config.json", {"position_embedding_type": "relative_key"}, "attention"),
