@@ -15,7 +15,7 @@ import orjson
 
 from reranker_worker import __version__, machine
 from reranker_worker.byhand import processes
-from reranker_worker.byhand.failures import BAD_DATA, Parser, exit_code_of
+from reranker_worker.byhand.failures import BAD_DATA, INTERNAL, Parser, advice, exit_code_of
 from reranker_worker.byhand.progress import Progress
 from reranker_worker.byhand.sample import IRRELEVANT, QUERY, RELEVANT, passages
 from reranker_worker.byhand.serving import serving
@@ -33,17 +33,6 @@ _SAMPLE_DOCUMENTS = 50
 _REQUEST_TIMEOUT_MS = 600_000
 _MIB = 1024 * 1024
 _TIGHT_MEMORY = 0.8
-# What to do, by the worker's exit code; its own sentence comes first and is more exact.
-ADVICE = {
-    64: "Correct the setting; `--help` lists all of them.",
-    65: "Fetch the model again, and check that its files are complete.",
-    66: "Correct the name or the path of the model (--model, RERANKING_MODEL_PATH).",
-    69: "Connect this machine to the network once, or copy the model's directory to it and name that.",
-    70: "Run the check again with --log-level DEBUG and read the log above.",
-    71: "Use a smaller model, another device (--device cpu), or packages built for this machine.",
-    73: "Check the permissions and the free space of the cache's directory.",
-    78: "Change the setting that the sentence above names.",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +91,9 @@ def _ask(report: Report, settings: dict[str, Any]) -> Verdict:
             return _questions(client, ready, report, progress)
     except WorkerGoneError as error:
         code = exit_code_of(error)
-        return _cannot(name, str(error), ADVICE.get(code, ADVICE[70]), code)
+        return _cannot(name, str(error), advice(code), code)
     except WorkerError as error:
-        return _cannot(name, str(error), ADVICE[70], 70)
+        return _cannot(name, str(error), advice(INTERNAL), INTERNAL)
 
 
 def _questions(client: Client, ready: Answer, report: Report, progress: Progress) -> Verdict:

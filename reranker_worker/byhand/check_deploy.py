@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import orjson
 
 from reranker_worker.byhand import node, processes
-from reranker_worker.byhand.failures import BAD_DATA, INTERNAL, USAGE, Parser, exit_code_of
+from reranker_worker.byhand.failures import BAD_DATA, INTERNAL, USAGE, Parser, advice, exit_code_of
 from reranker_worker.byhand.node import FAILED, OK, SKIPPED, WARNING, Point, failed
 from reranker_worker.byhand.progress import Progress
 from reranker_worker.byhand.sample import IRRELEVANT, QUERY, RELEVANT
@@ -147,7 +147,7 @@ def _serve(report: Report, config: Config, settings: dict[str, Any], progress: P
             progress.show("")
             client.stop(0.0)
             code = exit_code_of(error) if isinstance(error, WorkerGoneError) else INTERNAL
-            report.add(failed("worker", str(error).rstrip("."), node.advice(code), code))
+            report.add(failed("worker", str(error).rstrip("."), advice(code), code))
             _show_log(log)
             return
         except BaseException:
@@ -155,7 +155,7 @@ def _serve(report: Report, config: Config, settings: dict[str, Any], progress: P
             raise
         code = client.stop()
         if code:
-            report.add(failed("exit", f"the worker ended with exit code {code}", node.advice(INTERNAL), INTERNAL))
+            report.add(failed("exit", f"the worker ended with exit code {code}", advice(INTERNAL), INTERNAL))
             _show_log(log)
         else:
             report.add(Point("exit", OK, "drained, exit code 0"))
@@ -201,7 +201,7 @@ def scores_point(client: Client, ready: Answer, path: str) -> Point:
     worst = max(abs(logit - pair.logit) for logit, pair in zip(logits, known, strict=True))
     text = f"{len(known)} known pairs {took}, at most {worst:.2g} from their known logits"
     if worst > (_TOLERANCE if ready["dtype"] == "float32" else _REDUCED_TOLERANCE):
-        return failed("scores", text, node.advice(BAD_DATA), BAD_DATA)
+        return failed("scores", text, advice(BAD_DATA), BAD_DATA)
     return Point("scores", OK, text, facts={"logits": logits, "largest_difference": worst})
 
 

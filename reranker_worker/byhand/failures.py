@@ -19,6 +19,22 @@ NO_INPUT = 66
 INTERNAL = 70
 IO_ERROR = 74
 _SIGNALLED = 128
+# What to do, by the worker's exit code; its own sentence comes first and is more exact.
+_ADVICE = {
+    64: "Correct the setting; `--help` lists all of them.",
+    65: "Fetch the model again, and check that its files are complete.",
+    66: "Correct the name or the path of the model (--model, RERANKING_MODEL_PATH).",
+    69: "Connect this machine to the network once, or copy the model's directory to it and name that.",
+    70: "Run the check again with --log-level DEBUG and read the log above.",
+    71: "Use a smaller model, another device (--device cpu), or packages built for this machine.",
+    73: "Check the permissions and the free space of the cache's directory.",
+    78: "Change the setting that the sentence above names.",
+}
+
+
+def advice(exit_code: int) -> str:
+    """What to do about a worker that ended so."""
+    return _ADVICE.get(exit_code, _ADVICE[INTERNAL])
 
 
 class Failure(Exception):  # noqa: N818  # "could not" is what a person reads, not "error"

@@ -286,13 +286,6 @@ def _is_old(artefact: Artefact, config: Config, model: ResolvedModel | None) -> 
     return model is not None and model.source != "artefact" and is_stale(artefact, model.path)
 
 
-def advice(exit_code: int) -> str:
-    """What to do about a model that cannot be had, by its exit code."""
-    from reranker_worker.byhand.check import ADVICE
-
-    return ADVICE.get(exit_code, ADVICE[70])
-
-
 # --- limits of the machine ---------------------------------------------------------------------------------------------------
 
 
