@@ -1,4 +1,4 @@
-"""Step 4: average checkpoints, calibrate, round to float16 and write the bundle (`python -m training.export`)."""
+"""Step 5: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from sentence_transformers.cross_encoder import CrossEncoder
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from training.backbone import backbone_directory
 from training.calibrate import fit, fold, held_out_logits
 from training.student import build_student
 
@@ -52,7 +51,20 @@ _TOKENIZER_PROBES = [
     "日本",
     "\u0000 \u200b",
 ]
-_LEFT_BEHIND = ("is_local", "local_files_only", "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride", "truncation_strategy")
+# The library's own class for BERT would write pairs in its own way; this one takes tokenizer.json as it is.
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    "model_max_length": MAX_LENGTH,
+    "padding_side": "right",
+    "truncation_side": "right",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "mask_token": "[MASK]",
+}
+_PAIR = (("[CLS]", 0), ("A", 0), ("[SEP]", 0), ("[CLS]", 1), ("B", 1), ("[SEP]", 1))
 
 Row = dict[str, Any]
 
@@ -70,39 +82,46 @@ def edit_json(path: Path, change: Callable[[Row], None]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def clean_tokenizer_config(content: Row) -> None:
-    """Declare the model's full length and drop what the loading machine left behind."""
-    for name in _LEFT_BEHIND:
-        content.pop(name, None)
-    content["model_max_length"] = MAX_LENGTH
+def write_tokenizer(source: Path, directory: Path) -> None:
+    """The pruned tokenizer, which gives the document a [CLS] of its own, as the bi-encoder had it."""
+    shutil.copy(source, directory / "tokenizer.json")
+
+    def pairs(content: Row) -> None:
+        content["post_processor"]["pair"] = [
+            {"Sequence" if name in "AB" else "SpecialToken": {"id": name, "type_id": type_id}} for name, type_id in _PAIR
+        ]
+
+    edit_json(directory / "tokenizer.json", pairs)
+    (directory / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
 
 
 def clean_config(content: Row) -> None:
-    """Declare float32 (the file holds float16) and the activation where older sentence-transformers look for it."""
+    """Declare float32 (the file holds less) and the activation where older sentence-transformers look for it."""
     content["dtype"] = "float32"
     content["sentence_transformers"] = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
 
 
 def write_bundle(model: Any, tokenizer: Path, out: Path) -> None:
-    """float16 weights, configuration and tokenizer."""
+    """Weights in float16, word embeddings in float8 (to which they were rounded before the training), configuration and tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as raw_name, tempfile.TemporaryDirectory() as saved_name:
         raw, saved = Path(raw_name), Path(saved_name)
         model.save_pretrained(raw)
-        shutil.copy(backbone_directory() / "tokenizer_config.json", raw)
-        shutil.copy(tokenizer, raw / "tokenizer.json")
+        write_tokenizer(tokenizer, raw)
         loaded: CrossEncoder = CrossEncoder(str(raw), num_labels=1, max_length=MAX_LENGTH, activation_fn=torch.nn.Sigmoid(), device="cpu")
         loaded.save_pretrained(str(saved), create_model_card=False)
-        edit_json(saved / "tokenizer_config.json", clean_tokenizer_config)
         edit_json(saved / "config.json", clean_config)
-        shutil.copy(tokenizer, saved / "tokenizer.json")
-        edit_json(saved / "tokenizer.json", lambda content: None)
-        weights = {name: tensor.half().contiguous() for name, tensor in load_file(saved / "model.safetensors").items()}
+        write_tokenizer(tokenizer, saved)
+        weights = {name: tensor.to(_stored(name)).contiguous() for name, tensor in load_file(saved / "model.safetensors").items()}
         save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
         for source in sorted(saved.iterdir()):
             target = out / source.name
             target.write_bytes(source.read_bytes())
             target.chmod(0o644)
+
+
+def _stored(name: str) -> torch.dtype:
+    return torch.float8_e4m3fn if name.endswith("word_embeddings.weight") else torch.float16
 
 
 def check_bundle(out: Path) -> CrossEncoder:

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForSequenceClassification
 
-from training.backbone import backbone_directory
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -34,22 +32,16 @@ def _attention(
 
 
 def build_student(work: Path) -> Any:
-    """float32, no dropout; word embeddings are rounded to what will be stored, and frozen."""
+    """What `training.joined` made, float32, no dropout; word embeddings are rounded to what will be stored, and frozen."""
     AttentionInterface.register("plain", _attention)
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(backbone_directory()),
-        num_labels=1,
+        str(work / "start"),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="plain",
         dtype=torch.float32,
     )
-    rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
-    weights = model.bert.embeddings.word_embeddings.weight.data[rows].half().float()
-    model.bert.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
-        weights, freeze=True, padding_idx=0
-    )
-    model.config.vocab_size = len(rows)
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
     return model
 
 
@@ -72,10 +64,10 @@ class Tokens:
         """(ids, where the second text begins). The second text is cut to fit: at its end, or to the window that shares most with the first."""
         first = self._tokens[self._ends[query] : self._ends[query + 1]][:MOST_QUERY_TOKENS]
         second = self._tokens[self._ends[text] : self._ends[text + 1]]
-        room = limit - len(first) - 3
+        room = limit - len(first) - 4
         begin = self._window(first, second, room) if window and len(second) > room else 0
         ids = [self._cls, *first.tolist(), self._sep]
-        return [*ids, *second[begin : begin + room].tolist(), self._sep], len(ids)
+        return [*ids, self._cls, *second[begin : begin + room].tolist(), self._sep], len(ids)
 
     def _window(self, first: Any, second: Any, room: int) -> int:
         """Where the run of `room` tokens begins that holds the rarest tokens of the query."""

@@ -1,4 +1,4 @@
-"""Step 3: train the cross-encoder to rank every group as the teacher does (`python -m training.train`); started again, it resumes."""
+"""Step 4: train the cross-encoder to rank every group as the teacher does (`python -m training.train`); started again, it resumes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 GROUPS_PER_STEP = 4
 BUCKET_STEPS = 32  # groups of like length share a step within a bucket of so many steps
-LEARNING_RATE, WARM_UP_STEPS, WEIGHT_DECAY = 2e-4, 150, 0.01
+LEARNING_RATE, WARM_UP_STEPS, WEIGHT_DECAY = 3e-5, 50, 0.01
 POINTWISE_WEIGHT = 0.3
-SAVE_STEPS, KEEP_STEPS, PRINT_STEPS = 200, 1000, 100
+SAVE_STEPS, KEEP_STEPS, PRINT_STEPS = 200, 500, 100
 
 SHORT_LENGTH = 96  # of three groups of passages in four, the part that shares most with the query: more groups in the same time
 

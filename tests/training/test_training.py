@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from training.bm25 import BM25, words
 from training.check_leakage import Evaluation, offenders, table
 from training.groups import LABEL, labelled, unlabelled
+from training.joined import multiply
 from training.student import Tokens
 from training.texts import sentences, vary
 from training.train import LEARNING_RATE, WARM_UP_STEPS, losses, plan, rate
@@ -94,10 +96,25 @@ def test_an_answer_is_nearly_certain_and_a_negative_as_probable_as_the_teacher_f
     assert max(unlabelled("q", ["a", "b"], np.array([1.0, 3.0])).probabilities) == pytest.approx(0.7)
 
 
+def test_the_comparing_layer_takes_the_scalar_product_of_its_two_halves() -> None:
+    size, free = 192, 191
+    layer = SimpleNamespace(intermediate=SimpleNamespace(dense=torch.nn.Linear(384, 1536)), output=SimpleNamespace(dense=torch.nn.Linear(1536, 384)))
+    for linear in (layer.intermediate.dense, layer.output.dense):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    multiply(layer, size, free)
+    states = torch.randn(200, 384, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = layer.output.dense(torch.nn.functional.gelu(layer.intermediate.dense(states)))
+    wanted = (states[:, :free] * states[:, size : size + free]).sum(1)
+    assert float(torch.corrcoef(torch.stack([found[:, free], wanted]))[0, 1]) > 0.98
+    assert found[:, :free].abs().max() == 0
+
+
 def test_a_pair_is_cut_at_its_end_or_to_the_window_that_shares_most_with_the_query(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path, [[50, 51], [*range(3, 43), 50, 51, *range(3, 13)]])
     ids, second = tokens.pair(0, 1, 15)
-    assert (ids, second) == ([1, 50, 51, 2, *range(3, 13), 2], 4)
+    assert (ids, second) == ([1, 50, 51, 2, 1, *range(3, 12), 2], 4)
     ids, second = tokens.pair(0, 1, 15, window=True)
     assert len(ids) == 15
     assert {50, 51} <= set(ids[second:])
