@@ -195,6 +195,7 @@ class TestRun:
         assert (node.place / "units/jadevectordb.service.d/reranker.conf").is_file()
         assert (node.place / "etc/worker.env").read_text().endswith("RERANKING_BACKEND=fake\n")
 
+    @pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="three more runs of the playbook: set SLOW_TESTS=1")
     def test_a_release_that_cannot_score_is_not_switched_to_then_one_that_can_is_and_back(self, node: Node) -> None:
         first = node.current
         version = first.removeprefix("releases/")

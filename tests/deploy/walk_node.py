@@ -294,7 +294,7 @@ class Walk:
 
     def step_the_engine_running_out_of_memory_is_survived(self) -> None:
         node = self.one
-        node.drop_in("MemoryMax=225M")
+        node.drop_in("MemoryMax=190M")
         node.until(node.scores, "the host serves")
         since, before = node.run("date '+%F %T'"), node.show(HOST, "MainPID", "NRestarts")
         answers = []
@@ -308,7 +308,7 @@ class Walk:
         after = node.show(HOST, "MainPID", "NRestarts", "ActiveState")
         check(after == {**before, "ActiveState": "active"}, f"{before} became {after}")
         node.no_drop_in()
-        self.say(f"  MemoryMax=225M and 64 documents of 400 words: {answers}; unit active, same host; a pair scored {seconds:.1f} s later")
+        self.say(f"  MemoryMax=190M and 64 documents of 400 words: {answers}; unit active, same host; a pair scored {seconds:.1f} s later")
 
     def step_a_large_host_survives_what_the_engine_does_not(self) -> None:
         """The kernel kills the largest process of the unit: a database would be it, unless the engine offers itself."""
