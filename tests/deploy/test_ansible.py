@@ -143,7 +143,7 @@ class Node:
     def try_to_play(self, *options: str, **values: object) -> subprocess.CompletedProcess[str]:
         given = json.dumps(self._values | values)
         command = ["ansible-playbook", "-i", str(self.place / "inventory"), "site.yml", "-e", given, *options]
-        return run(*command, timeout=110, home=self.place)
+        return run(*command, timeout=280, home=self.place)
 
     @property
     def current(self) -> str:
@@ -173,7 +173,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Node:
 
 
 @needs("ansible-playbook")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 class TestRun:
     """One node, module-wide: every test leaves it in working order."""
 
