@@ -173,6 +173,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Node:
 
 
 @needs("ansible-playbook")
+@pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="a dozen runs of the playbook, one to ten minutes: set SLOW_TESTS=1")
 @pytest.mark.timeout(600)
 class TestRun:
     """One node, module-wide: every test leaves it in working order."""
@@ -195,7 +196,6 @@ class TestRun:
         assert (node.place / "units/jadevectordb.service.d/reranker.conf").is_file()
         assert (node.place / "etc/worker.env").read_text().endswith("RERANKING_BACKEND=fake\n")
 
-    @pytest.mark.skipif(not os.environ.get("SLOW_TESTS"), reason="three more runs of the playbook: set SLOW_TESTS=1")
     def test_a_release_that_cannot_score_is_not_switched_to_then_one_that_can_is_and_back(self, node: Node) -> None:
         first = node.current
         version = first.removeprefix("releases/")

@@ -79,7 +79,7 @@ def prewarmed(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
     place = tmp_path_factory.mktemp("prewarmed")
     model = Path(shutil.copytree(tiny("bert", layers=1), place / "model"))
     done = subprocess.run(
-        command("prewarm", "--model", model, "--artefacts", place / "artefacts"), cwd=ROOT, capture_output=True, timeout=DEADLINE_S, check=False
+        command("prewarm", "--model", model, "--artefacts", place / "artefacts"), cwd=ROOT, capture_output=True, timeout=2 * DEADLINE_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return model, place / "artefacts"
