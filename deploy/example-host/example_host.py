@@ -147,7 +147,8 @@ class Worker:
 
 def say(text: str) -> None:
     """One line of log, beside the worker's own."""
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(text + "\n")  # in one write: `print` may put the worker's line before the end of ours
+    sys.stderr.flush()
 
 
 def _not_ready(text: str) -> Body:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 40.0
+COMMAND = (sys.executable, str(ROOT / "deploy" / "example-host" / "example_host.py"))
+ENVIRON = {**os.environ, "RERANKING_BACKEND": "fake"}
 pytestmark = pytest.mark.timeout(120)
 
 QUESTION = {"query": "capital of France", "documents": ["Berlin is in Germany.", "Paris is the capital of France."]}
@@ -32,8 +34,8 @@ class ExampleHost:
     """One running example host; its log lines arrive in a queue."""
 
     def __init__(self, **settings: str) -> None:
-        command = [sys.executable, str(ROOT / "deploy" / "example-host" / "example_host.py"), "--listen", "127.0.0.1:0"]
-        environ = {**os.environ, "RERANKING_BACKEND": "fake", **settings}
+        command = [*COMMAND, "--listen", "127.0.0.1:0"]
+        environ = {**ENVIRON, **settings}
         self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -140,6 +142,16 @@ def test_a_host_whose_worker_still_loads_is_alive_and_not_ready(start: Callable[
     until(lambda: "reason" in json.loads(host.get("/readyz")[1]), "the worker answers")
     assert host.get("/readyz")[0] == 503
     assert host.get("/livez")[0] == 200
+
+
+def test_a_log_line_leaves_in_one_write_so_that_the_worker_cannot_cut_into_it() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # keeps one write apart from the next
+    with ours, theirs, subprocess.Popen([*COMMAND, "--listen", "127.0.0.1:0"], env=ENVIRON, stdin=subprocess.DEVNULL, stderr=theirs) as process:
+        ours.settimeout(DEADLINE_S)
+        try:
+            assert any(message.endswith("\n") and "Listening on" in message for message in (ours.recv(65536).decode() for _ in range(20)))
+        finally:
+            process.kill()
 
 
 def test_wrong_requests_are_told_apart(start: Callable[..., ExampleHost]) -> None:
