@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker import __version__, machine
+from reranker_worker.packages import installed_version
 
 if TYPE_CHECKING:
     import argparse
@@ -90,7 +90,7 @@ def surroundings() -> dict[str, Any]:
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "reranker_worker": __version__,
-        **{name: version for name in _PACKAGES if (version := _version(name))},
+        **{name: version for name in _PACKAGES if (version := installed_version(name))},
     }
 
 
@@ -126,10 +126,3 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -66,6 +66,11 @@ def memory_limit_bytes(root: Path = Path("/")) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that a new process may take without the system swapping, in bytes; None where the system does not tell."""
+    return _field_bytes(_read(root / "proc/meminfo"), "MemAvailable:")
+
+
 def current_rss_bytes(root: Path = Path("/")) -> int | None:
     """Resident memory of this process in bytes; None where the system does not tell."""
     return _field_bytes(_read(root / "proc/self/status"), "VmRSS:")

@@ -49,11 +49,10 @@ def choose_backend(config: Config, model: ResolvedModel, threads: int, log: Call
     for name in names[:-1]:
         try:
             return _open(name, dtype, config, model, threads)
-        except BackendError as error:
-            refusals.append(error)
+        except (UnsupportedModelError, BackendError) as error:
             log(f"the backend {name} cannot run the model ({error}); trying the next")
-        except UnsupportedModelError as error:
-            log(f"the backend {name} cannot run the model ({error}); trying the next")
+            if isinstance(error, BackendError):
+                refusals.append(error)
     try:
         return _open(names[-1], dtype, config, model, threads)
     except ModuleNotFoundError:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from reranker_worker.backends import BackendError, OutOfMemoryError
 from reranker_worker.backends.graph_files import GRAPH_FILE
 from reranker_worker.backends.onnx_runtime import runtime
-from reranker_worker.backends.packed import MOST_PARALLEL_PASSES, PackedBackend, package_versions
+from reranker_worker.backends.packed import MOST_PARALLEL_PASSES, PackedBackend
+from reranker_worker.packages import package_versions
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import BackendError, OutOfMemoryError
 from reranker_worker.backends.graph_files import GRAPH_FILE
-from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, PackedBackend, package_versions
+from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, PackedBackend
+from reranker_worker.packages import package_versions
 
 if TYPE_CHECKING:
     from pathlib import Path

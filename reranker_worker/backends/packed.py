@@ -5,8 +5,7 @@ A subclass gives `_run`. Logits equal those of `CrossEncoder.predict` without ac
 
 from __future__ import annotations
 
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,7 +34,7 @@ class PackedBackend:
     """A `Backend` but for `info` and `_run`, which the runtime's own class gives."""
 
     info: BackendInfo
-    _rows = 1  # tokens of a pass are a multiple of so many
+    _rows = _columns = 1  # tokens of a pass, and of the longest pair in attention's table, are rounded up to a multiple of so many
 
     def __init__(self, config: Config, declared: Declared) -> None:
         """Raises BackendError when the settings and the model's labels do not go together."""
@@ -68,7 +67,7 @@ class PackedBackend:
         """Logits of one forward pass, in order; raises OutOfMemoryError when the pass was too large for the memory."""
         if not batch:
             return []
-        return self._logits(self._run(pack([tokens.inputs for tokens in batch], self._rows)))
+        return self._logits(self._run(pack([tokens.inputs for tokens in batch], self._rows, self._columns)))
 
     def activate(self, logits: list[float]) -> list[float]:
         """What `predict` returns by default for one label; for several, the softmax probability of the relevance label."""
@@ -90,14 +89,3 @@ class PackedBackend:
         others = np.delete(wide, self._label, axis=1)
         top = others.max(axis=1)
         return [float(value) for value in wide[:, self._label] - top - np.log(np.exp(others - top[:, None]).sum(axis=1))]
-
-
-def package_versions(*names: str) -> dict[str, str]:
-    """Versions of installed packages, read without importing them; "absent" for those that are not there."""
-    found: dict[str, Any] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from reranker_worker.backends.texts import PairIds
 
 # Added to the attention of an empty place: exp of it is 0 in every precision, and unlike -inf it never makes a NaN.
-_MASKED = -30000.0
+MASKED = -30000.0
 
 
 class Packed(NamedTuple):
-    """One pass over n pairs with T tokens in all and L in the longest."""
+    """One pass over n pairs with T tokens in all and a table of L columns, which hold the longest."""
 
     ids: NDArray[np.int64]  # (T,) token ids
     types: NDArray[np.int64]  # (T,) token types
@@ -34,11 +34,14 @@ class Packed(NamedTuple):
     lengths: NDArray[np.int64]  # (n,) tokens of each pair
 
 
-def pack(pairs: Sequence[PairIds], rows: int = 1) -> Packed:
+def pack(pairs: Sequence[PairIds], rows: int = 1, columns: int = 1) -> Packed:
     """Lay one or more pairs end to end, in their order. T is rounded up to a multiple of `rows` by tokens of which nothing comes: runtimes
-    that compile a kernel for every shape then meet few shapes."""
+    that compile a kernel for every shape then meet few shapes. L is rounded up to a multiple of `columns`, unless there is one pair alone,
+    which needs no empty places."""
     lengths = np.fromiter((len(pair.ids) for pair in pairs), dtype=np.int64, count=len(pairs))
     total, longest = int(lengths.sum()), int(lengths.max())
+    if len(pairs) > 1:
+        longest += -longest % columns
     starts = np.cumsum(lengths) - lengths
     places = np.arange(longest)
     filled = places[None, :] < lengths[:, None]
@@ -52,6 +55,6 @@ def pack(pairs: Sequence[PairIds], rows: int = 1) -> Packed:
         spread=np.where(filled, starts[:, None] + places, 0),
         gather=np.concatenate((np.flatnonzero(filled), extra)),
         first=starts,
-        mask=np.where(filled, np.float32(0), np.float32(_MASKED))[:, None, None, :],
+        mask=np.where(filled, np.float32(0), np.float32(MASKED))[:, None, None, :],
         lengths=lengths,
     )

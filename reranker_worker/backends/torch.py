@@ -9,7 +9,7 @@ import torch
 from reranker_worker.backends import BackendError, BackendInfo, OutOfMemoryError, Pair, Tokens
 from reranker_worker.backends.chat_templates import MessageTokenizer
 from reranker_worker.backends.labels import check_scale, relevance_index
-from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, package_versions
+from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES
 from reranker_worker.backends.texts import PairIds, PairTokenizer, supports_pairs
 from reranker_worker.backends.torch_device import (
     ACCELERATOR_PASS_TOKENS,
@@ -20,6 +20,7 @@ from reranker_worker.backends.torch_device import (
     use_threads,
 )
 from reranker_worker.backends.torch_loading import load_cross_encoder, longest_pair
+from reranker_worker.packages import package_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -13,11 +13,13 @@ import torch
 from reranker_worker.backends import BackendError, OutOfMemoryError
 from reranker_worker.backends.declared import read_declared
 from reranker_worker.backends.encoder import read_encoder
-from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, PackedBackend, package_versions
+from reranker_worker.backends.packed import CPU_PASS_TOKENS, MOST_PARALLEL_PASSES, PackedBackend
 from reranker_worker.backends.packing import Packed, pack
 from reranker_worker.backends.texts import PairIds
 from reranker_worker.backends.torch_device import ACCELERATOR_PASS_TOKENS, is_out_of_memory, release_memory, resolve_device, use_threads
+from reranker_worker.backends.torch_packed_attention import TABLE_MULTIPLE
 from reranker_worker.backends.torch_packed_network import ROWS, PackedNetwork
+from reranker_worker.packages import package_versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +45,7 @@ class PackedTorchBackend(PackedBackend):
         positions = len(encoder.position)
         is_cpu = device.type == "cpu"
         parallel = min(threads, MOST_PARALLEL_PASSES) if is_cpu else 1
-        self._rows = ROWS if is_cpu else 1
+        self._rows, self._columns = ROWS if is_cpu else 1, TABLE_MULTIPLE
         use_threads(threads // parallel)
         self.info = self._info(
             config,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from reranker_worker.backends.packing import Packed, pack
+from reranker_worker.backends.packing import MASKED, Packed, pack
 from reranker_worker.backends.texts import PairIds
 
 if TYPE_CHECKING:
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# Tables are as wide as the next multiple: torch's CPU kernel takes a slow way for what is left over. Measured, one AVX-512 core, 12 heads
-# of 32, 512 tokens: 5 pairs of 90 in float32 1.5 to 2.1 ms, of 96 1.1; in bfloat16 1.3 against 0.75. Multiples of 32 or 64 lose again.
-_TABLE_MULTIPLE = 16
-# Added to the scores of an empty place: exp of it is 0 in every precision, and unlike -inf it never makes a NaN.
-_MASKED = -30000.0
+# Tables should be as wide as a multiple of this (see `pack`): torch's CPU kernel takes a slow way for what is left over. Measured, one AVX-512
+# core, 12 heads of 32, 512 tokens: 5 pairs of 90 in float32 1.5 to 2.1 ms, of 96 1.1; in bfloat16 1.3 against 0.75. Multiples of 32 or 64 lose again.
+TABLE_MULTIPLE = 16
 # Averages of values from N(0, 1): bfloat16 rounds them to 2^-9 of up to 3 or 4, a kernel that attends wrongly is off by about 1.
 _PROBE_TOLERANCE = 0.05
 _PROBE_LENGTHS = (1, 40, 17)
@@ -57,18 +55,12 @@ class PaddedAttention:
 
     def numbers(self, packed: Packed) -> list[NDArray[np.int64]]:
         """Each place's token, each token's place, each pair's length."""
-        count, width, lengths = _table(packed)
-        total = int(lengths.sum())
-        gather = np.repeat(np.arange(count) * width, lengths) + packed.positions[:total]
-        spread = np.zeros(count * width, dtype=np.int64)
-        spread[gather] = np.arange(total)
-        # Rows that only round up the number of tokens take anything.
-        return [spread, np.concatenate((gather, np.zeros(len(packed.ids) - total, dtype=np.int64))), lengths]
+        return [packed.spread.ravel(), packed.gather, packed.lengths]
 
     def places(self, packed: Packed, numbers: Sequence[torch.Tensor]) -> _Table:
         """See `Attention`."""
-        count, width, lengths = _table(packed)
-        is_full = count * width == lengths.sum() == len(packed.ids)
+        count, width = packed.spread.shape
+        is_full = packed.spread.size == packed.lengths.sum() == len(packed.ids)
         return _Table(self._heads, count, width, is_full, *numbers)
 
 
@@ -80,7 +72,7 @@ class _Table:
         self._spread, self._gather = spread, gather
         self._full = is_full
         empty = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
-        self._mask = torch.zeros(empty.shape, device=lengths.device).masked_fill_(empty, _MASKED).view(count, 1, 1, width)
+        self._mask = torch.zeros(empty.shape, device=lengths.device).masked_fill_(empty, MASKED).view(count, 1, 1, width)
 
     def everyone(self, joined: torch.Tensor) -> torch.Tensor:
         query, key, value = self._heads_of(joined, 3)
@@ -119,7 +111,7 @@ class VarlenAttention:
 
     def places(self, packed: Packed, numbers: Sequence[torch.Tensor]) -> _Rows:
         """See `Attention`."""
-        return _Rows(self._heads, self._kernel, numbers[0].to(torch.int32), packed.spread.shape[1])
+        return _Rows(self._heads, self._kernel, numbers[0].to(torch.int32), int(packed.lengths.max()))
 
 
 class _Rows:
@@ -173,10 +165,3 @@ def attentions_agree(left: Attention, right: Attention, width: int, device: torc
         firsts = places.firsts(joined[torch.from_numpy(packed.first).to(device), :width], joined[:, width:].contiguous())
         results.append(torch.cat([places.everyone(joined), firsts]).float())
     return bool((results[0] - results[1]).abs().max() < _PROBE_TOLERANCE)
-
-
-def _table(packed: Packed) -> tuple[int, int, NDArray[np.int64]]:
-    """(pairs, width of the table, each pair's length). A single pair needs no empty places."""
-    lengths = packed.lengths
-    longest = int(lengths.max())
-    return len(lengths), longest if len(lengths) == 1 else -(-longest // _TABLE_MULTIPLE) * _TABLE_MULTIPLE, lengths

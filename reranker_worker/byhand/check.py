@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -21,6 +20,7 @@ from reranker_worker.byhand.sample import IRRELEVANT, QUERY, RELEVANT, passages
 from reranker_worker.byhand.serving import serving
 from reranker_worker.client import WorkerError, WorkerGoneError
 from reranker_worker.config import env_name
+from reranker_worker.packages import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -121,7 +121,7 @@ def _cannot(name: str, reason: str, advice: str, exit_code: int) -> Verdict:
 
 
 def _machine(report: Report) -> None:
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: installed_version(name) for name in _PACKAGES}
     threads, quota, memory = machine.usable_threads(), machine.cpu_quota(), machine.memory_limit_bytes()
     facts = {"python": platform.python_version(), "reranker_worker": __version__, **versions}
     present = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
@@ -215,10 +215,3 @@ def _memory(report: Report, client: Client) -> int:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -23,7 +23,7 @@ from reranker_worker.byhand.progress import Progress
 from reranker_worker.byhand.sample import IRRELEVANT, QUERY, RELEVANT
 from reranker_worker.client import Client, WorkerError, WorkerGoneError
 from reranker_worker.config import ConfigError, from_flags
-from reranker_worker.models.known_pairs import read_known_pairs
+from reranker_worker.models.known_pairs import read_known_pairs, tolerance
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -36,7 +36,6 @@ _MIB = 1024 * 1024
 _STOP_SECONDS = 10.0
 _MOST_LOG_BYTES = 4096
 _KNOWN_PAIRS = 4
-_TOLERANCE, _REDUCED_TOLERANCE = 1e-3, 0.25  # of a known logit, in float32 and in less: as at every start
 
 
 class Report:
@@ -200,7 +199,7 @@ def scores_point(client: Client, ready: Answer, path: str) -> Point:
         return failed("scores", text, "Name a model that was trained for reranking.", BAD_DATA)
     worst = max(abs(logit - pair.logit) for logit, pair in zip(logits, known, strict=True))
     text = f"{len(known)} known pairs {took}, at most {worst:.2g} from their known logits"
-    if worst > (_TOLERANCE if ready["dtype"] == "float32" else _REDUCED_TOLERANCE):
+    if worst > tolerance(ready["dtype"]):
         return failed("scores", text, advice(BAD_DATA), BAD_DATA)
     return Point("scores", OK, text, facts={"logits": logits, "largest_difference": worst})
 

@@ -6,7 +6,6 @@ Each question is a function that gives one `Point`. Nothing here writes, uses th
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import os
 import re
 import resource
@@ -23,6 +22,7 @@ from reranker_worker.models import ModelError, ResolvedModel, resolve
 from reranker_worker.models.artefacts import Artefact, artefact_name, artefacts_directory, fits, is_stale, key_of, read_artefact
 from reranker_worker.models.errors import MISSING, UNSAFE, shown
 from reranker_worker.models.manifest import verify_manifest
+from reranker_worker.packages import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -174,7 +174,7 @@ def first_hidden(paths: Iterable[Path]) -> Path | None:
 
 def packages_point() -> Point:
     """Installed versions are those of the lock file, with which this release was tested."""
-    installed = {name: version for name in _RUNTIME if (version := _version(name))}
+    installed = {name: version for name in _RUNTIME if (version := installed_version(name))}
     facts = {"python": sys.version.split()[0], "installed": installed, "lock": str(LOCK_FILE)}
     listed = ", ".join(f"{name} {version}" for name, version in installed.items())
     try:
@@ -198,13 +198,6 @@ def pins(text: str) -> dict[str, list[str]]:
         if match:
             found.setdefault(re.sub(r"[-_.]+", "-", match[1]).lower(), []).append(match[2].partition("+")[0])
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # --- the model and what was prewarmed ----------------------------------------------------------------------------------------
@@ -294,7 +287,7 @@ def memory_point(config: Config, model: ResolvedModel | None) -> Point:
     weights = sum(path.stat().st_size for path in _below(model.path) if path.suffix in _WEIGHTS) if model else 0
     torch = config.backend == "torch" or bool(model and model.artefact and model.artefact.backend == "torch")
     need = (weights + (_TORCH_BYTES if torch else _BASE_BYTES) + _GROWTH_BYTES) * config.engines
-    limit, free = machine.memory_limit_bytes(), available_bytes()
+    limit, free = machine.memory_limit_bytes(), machine.available_bytes()
     facts = {"needed_bytes": need, "limit_bytes": limit, "available_bytes": free}
     room = min((bytes_ for bytes_ in (limit, free) if bytes_ is not None), default=None)
     if room is None:
@@ -304,15 +297,6 @@ def memory_point(config: Config, model: ResolvedModel | None) -> Point:
         do = "Give the node or the container more memory, use fewer engines, or prewarm with --dtype int8."
         return replace(failed("memory", text, do, UNFIT), facts=facts)
     return Point("memory", OK, text, facts=facts)
-
-
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that a new process may take without the system swapping; None where it does not tell."""
-    try:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match[1]) * 1024 if match else None
 
 
 def descriptors_point(config: Config) -> Point:

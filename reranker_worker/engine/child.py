@@ -22,7 +22,7 @@ from reranker_worker.engine.frames import FrameReader, pack
 from reranker_worker.engine.scoring import EngineSickError, Scorer, Started
 from reranker_worker.machine import die_first, no_core_dump, usable_threads
 from reranker_worker.models import ModelError, ResolvedModel, resolve
-from reranker_worker.models.known_pairs import ANY_PAIRS, read_known_pairs
+from reranker_worker.models.known_pairs import ANY_PAIRS, read_known_pairs, tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _PROGRESS_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
-_TOLERANCE = {"float32": 1e-3}  # of a known logit; other kinds of CPU differ by about 1e-5
-_REDUCED_TOLERANCE = 0.25
 _INTERNAL_ERROR = 70
 _CORRUPT = 65
 _BAD_CONFIGURATION = 78
@@ -184,9 +182,9 @@ def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: C
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": groups}), lambda batch: None)
     if frame["failures"]:
         raise BackendError(f"The model cannot score a known pair: {frame['failures'][0][2]}", _CORRUPT)
-    tolerance = _TOLERANCE.get(backend.info.dtype, _REDUCED_TOLERANCE)
+    allowed = tolerance(backend.info.dtype)
     for (_, _, wanted), logit in zip(expected, frame["logits"], strict=True):
-        if wanted is not None and abs(wanted - logit) > tolerance:
+        if wanted is not None and abs(wanted - logit) > allowed:
             text = f"The model scores a known pair {logit:.4f} where {wanted:.4f} is expected; its files are not what was tested."
             raise BackendError(text, _CORRUPT)
     # The first pass warmed up; this one tells the speed, by so little text that a fast start stays fast.

@@ -15,6 +15,8 @@ ANY_PAIRS = (
     ("What is the capital of France?", "Paris is the capital and largest city of France."),
     ("What is the capital of France?", "Bread is baked from flour, water and salt."),
 )
+_TOLERANCE = {"float32": 1e-3}  # other kinds of CPU differ by about 1e-5
+_REDUCED_TOLERANCE = 0.25
 
 
 class KnownPair(NamedTuple):
@@ -23,6 +25,11 @@ class KnownPair(NamedTuple):
     query: str
     document: str
     logit: float
+
+
+def tolerance(dtype: str) -> float:
+    """How far from its known logit a pair's may be in that precision."""
+    return _TOLERANCE.get(dtype, _REDUCED_TOLERANCE)
 
 
 def read_known_pairs(directory: Path) -> list[KnownPair]:

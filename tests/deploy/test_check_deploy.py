@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from reranker_worker.byhand.check_deploy import scores_point
-from reranker_worker.byhand.node import available_bytes, pins
+from reranker_worker.byhand.node import pins
+from reranker_worker.machine import available_bytes
 from reranker_worker.models.known_pairs import KnownPair, write_known_pairs
 
 if TYPE_CHECKING:

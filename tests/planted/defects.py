@@ -112,7 +112,7 @@ DEFECTS = [
     Defect("a partial answer hides what it lacks", "answers", _ANSWERS, "if score is None]", "if score is None and False]", _transcript("10_")),
     Defect("answers are not ASCII", "answers", _ANSWERS, "if text.isascii():", "if True:", _transcript("04_")),
     # --- backends
-    Defect("padding is attended to", "backends", _PACKING, "_MASKED = -30000.0", "_MASKED = 0.0", _ONNX),
+    Defect("padding is attended to", "backends", _PACKING, "MASKED = -30000.0", "MASKED = 0.0", _ONNX),
     Defect("positions go on from pair to pair", "backends", _PACKING, "np.concatenate((np.arange(total) - np.repeat(starts, lengths), extra))", "np.concatenate((np.arange(total), extra))", _ONNX),
     Defect("token types of an untyped model are used", "backends", _ENCODER, "(len(token_type) == 1 or not typed)", "len(token_type) == 1", "tests/backends/test_onnx.py -k untyped"),
     Defect("RoBERTa's positions begin at zero", "backends", _ENCODER, "    if names.first_position:", "    if False:", _ONNX),
