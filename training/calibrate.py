@@ -9,8 +9,8 @@ import torch
 from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
 from training.sets import SEED
-from training.student import Tokens, logits_of
-from training.train import pairs_of, plan, read_groups
+from training.student import Tokens, logits_of, pairs_of
+from training.train import plan, read_groups
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Step 5: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
+"""Step 6: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
 
 from __future__ import annotations
 
@@ -62,9 +62,8 @@ _TOKENIZER_CONFIG = {
     "sep_token": "[SEP]",
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
-    "mask_token": "[MASK]",
 }
-_PAIR = (("[CLS]", 0), ("A", 0), ("[SEP]", 0), ("[CLS]", 1), ("B", 1), ("[SEP]", 1))
+_PAIR = (("[CLS]", 0), ("A", 0), ("[SEP]", 0), ("[DOC]", 1), ("B", 1), ("[SEP]", 1))
 
 Row = dict[str, Any]
 
@@ -83,10 +82,12 @@ def edit_json(path: Path, change: Callable[[Row], None]) -> None:
 
 
 def write_tokenizer(source: Path, directory: Path) -> None:
-    """The pruned tokenizer, which gives the document a [CLS] of its own, as the bi-encoder had it."""
+    """The pruned tokenizer, which begins the document with a token of its own."""
     shutil.copy(source, directory / "tokenizer.json")
 
     def pairs(content: Row) -> None:
+        document = content["model"]["vocab"]["[DOC]"]
+        content["post_processor"]["special_tokens"]["[DOC]"] = {"id": "[DOC]", "ids": [document], "tokens": ["[DOC]"]}
         content["post_processor"]["pair"] = [
             {"Sequence" if name in "AB" else "SpecialToken": {"id": name, "type_id": type_id}} for name, type_id in _PAIR
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+LAYERS = 7
 PASS_TOKENS = 4000  # of one forward pass: cache-sized on a CPU
 MOST_QUERY_TOKENS = 64
 WINDOW_STRIDE = 8
 _MASKED = -10_000.0
+
+
+class Passed(NamedTuple):
+    """What the model made of n pairs, in their order."""
+
+    logits: torch.Tensor  # (n,) float32
+    first: torch.Tensor  # (n, width) float32, the last hidden state of [CLS]
+    read: torch.Tensor  # (n, 2, width) float32, the averages of both texts' tokens before they are compared
 
 
 def _attention(
@@ -31,11 +40,12 @@ def _attention(
     return mixed.transpose(1, 2).contiguous(), None
 
 
-def build_student(work: Path) -> Any:
-    """What `training.joined` made, float32, no dropout; word embeddings are rounded to what will be stored, and frozen."""
+def build_student(work: Path, name: str = "start") -> Any:
+    """What `training.joined` made ("start") or `training.reading` ("read"), float32, no dropout; word embeddings are rounded to what will be
+    stored, and frozen."""
     AttentionInterface.register("plain", _attention)
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(work / "start"),
+        str(work / name),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="plain",
@@ -54,7 +64,7 @@ class Tokens:
         vocabulary = json.loads((work / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         counts = np.bincount(self._tokens, minlength=len(vocabulary))
         self._rarity = np.log(counts.sum() / (counts + 1.0))
-        self._cls, self._sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
+        self._cls, self._sep, self._doc = (vocabulary[name] for name in ("[CLS]", "[SEP]", "[DOC]"))
 
     def length(self, text: int) -> int:
         """Tokens of a text."""
@@ -67,7 +77,7 @@ class Tokens:
         room = limit - len(first) - 4
         begin = self._window(first, second, room) if window and len(second) > room else 0
         ids = [self._cls, *first.tolist(), self._sep]
-        return [*ids, self._cls, *second[begin : begin + room].tolist(), self._sep], len(ids)
+        return [*ids, self._doc, *second[begin : begin + room].tolist(), self._sep], len(ids)
 
     def _window(self, first: Any, second: Any, room: int) -> int:
         """Where the run of `room` tokens begins that holds the rarest tokens of the query."""
@@ -76,8 +86,18 @@ class Tokens:
         return int(starts[np.argmax(shared[starts + room] - shared[starts])])
 
 
+def pairs_of(group: dict[str, Any], tokens: Tokens) -> list[tuple[list[int], int]]:
+    """The token ids of a group's pairs."""
+    return [tokens.pair(group["query"], text, group["length"], window=group["short"]) for text in group["texts"]]
+
+
 def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
-    """The logits of pairs, in passes of like length."""
+    """The logits of pairs."""
+    return passes(model, pairs).logits
+
+
+def passes(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
+    """What the model makes of pairs, in passes of like length."""
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
     parts, start = [], 0
     while start < len(order):
@@ -86,10 +106,11 @@ def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tenso
             end += 1
         parts.append(_pass(model, [pairs[index] for index in order[start:end]]))
         start = end
-    return torch.cat(parts).float()[torch.from_numpy(np.argsort(order))]
+    back = torch.from_numpy(np.argsort(order))
+    return Passed(*(torch.cat(column).float()[back] for column in zip(*parts, strict=True)))
 
 
-def _pass(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+def _pass(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
     shortest, longest = len(pairs[0][0]), len(pairs[-1][0])
     ids = np.zeros((len(pairs), longest), np.int64)
     types = np.zeros_like(ids)
@@ -100,8 +121,13 @@ def _pass(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
         mask[row, :, :, len(tokens) :] = _MASKED
     bias = None if shortest == longest else torch.from_numpy(mask).to(model.dtype)
     hidden = model.bert.embeddings(input_ids=torch.from_numpy(ids), token_type_ids=torch.from_numpy(types))
-    for layer in model.bert.encoder.layer:
+    real = mask[:, 0, 0] == 0
+    shares = np.stack([real & (types == text) for text in range(2)], 1).astype(np.float32)
+    shares /= shares.sum(2, keepdims=True)
+    read = hidden
+    for number, layer in enumerate(model.bert.encoder.layer):
+        if number == LAYERS - 1:
+            read = torch.bmm(torch.from_numpy(shares).to(hidden.dtype), hidden)
         result = layer(hidden, bias)
         hidden = result[0] if isinstance(result, tuple) else result
-    logits: torch.Tensor = model.classifier(model.bert.pooler(hidden)).squeeze(-1)
-    return logits
+    return Passed(model.classifier(model.bert.pooler(hidden)).squeeze(-1), hidden[:, 0], read)

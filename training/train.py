@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -13,25 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
 
+from training.run import Run
 from training.sets import SEED
-from training.student import Tokens, build_student, logits_of
+from training.student import Tokens, logits_of, pairs_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GROUPS_PER_STEP = 4
 BUCKET_STEPS = 32  # groups of like length share a step within a bucket of so many steps
-LEARNING_RATE, WARM_UP_STEPS, WEIGHT_DECAY = 3e-5, 50, 0.01
+LEARNING_RATE, WARM_UP_STEPS = 3e-5, 50
+READING_SHARE = 0.33  # of the learning rate, for the layers that read: they know already, the comparing one does not
 POINTWISE_WEIGHT = 0.3
 SAVE_STEPS, KEEP_STEPS, PRINT_STEPS = 200, 500, 100
 
-SHORT_LENGTH = 96  # of three groups of passages in four, the part that shares most with the query: more groups in the same time
+SHORT_LENGTH = 96  # of every second group of passages, the part that shares most with the query: more groups in the same time
 
 Group = dict[str, Any]
 
 
 def read_groups(work: Path) -> list[Group]:
-    """The stored groups, without those that the leakage check found fault with; three groups of passages in four are cut short."""
+    """The stored groups, without those that the leakage check found fault with; every second group of passages is cut short."""
     texts = json.loads((work / "texts.json").read_text(encoding="utf-8"))
     left_out = set(json.loads((work / "left_out.json").read_text(encoding="utf-8")))
     bad = {number for number, text in enumerate(texts) if text in left_out}
@@ -39,15 +40,10 @@ def read_groups(work: Path) -> list[Group]:
         stored: list[Group] = [json.loads(line) for line in lines]
     groups = [group for group in stored if not bad.intersection((group["query"], *group["texts"]))]
     for number, group in enumerate(groups):
-        group["short"] = number % 4 > 0 and group["kind"] == "passages"
+        group["short"] = number % 2 > 0 and group["kind"] == "passages"
         if group["short"]:
             group["length"] = SHORT_LENGTH
     return groups
-
-
-def pairs_of(group: Group, tokens: Tokens) -> list[tuple[list[int], int]]:
-    """The token ids of a group's pairs."""
-    return [tokens.pair(group["query"], text, group["length"], window=group["short"]) for text in group["texts"]]
 
 
 def plan(groups: Sequence[Group], tokens: Tokens, seed: int) -> list[list[int]]:
@@ -76,52 +72,6 @@ def rate(step: int, decay_from: int, steps: int) -> float:
     return LEARNING_RATE * min(rising, falling)
 
 
-class Run:
-    """Model, its copy in bf16, optimizer and place: everything that a checkpoint keeps."""
-
-    def __init__(self, work: Path, out: Path) -> None:
-        torch.manual_seed(SEED)
-        self.out, self.step = out, 0
-        self.master = build_student(work)  # float32: small updates would be lost in bf16
-        self.model = build_student(work).to(torch.bfloat16)
-        self._masters = [one for one in self.master.parameters() if one.requires_grad]
-        self._copies = [one for one in self.model.parameters() if one.requires_grad]
-        decayed, plain = [one for one in self._masters if one.ndim > 1], [one for one in self._masters if one.ndim == 1]
-        sets = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(sets, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
-        if (out / "last.pt").exists():
-            kept = torch.load(out / "last.pt")
-            self.master.load_state_dict(kept["model"])
-            self.optimizer.load_state_dict(kept["optimizer"])
-            self.step = kept["step"]
-        self._copy()
-
-    def update(self, loss: torch.Tensor, learning_rate: float) -> None:
-        """One step of the optimizer."""
-        loss.backward()  # type: ignore[no-untyped-call]
-        for master, copy in zip(self._masters, self._copies, strict=True):
-            assert copy.grad is not None
-            master.grad, copy.grad = copy.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self._copy()
-        self.step += 1
-
-    def save(self, *, last: bool) -> None:
-        """The whole state now and then; the weights alone every thousand steps."""
-        if self.step % SAVE_STEPS == 0 or last:
-            state = {"model": self.master.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-            torch.save(state, self.out / "next.pt")
-            os.replace(self.out / "next.pt", self.out / "last.pt")
-        if self.step % KEEP_STEPS == 0 or last:
-            torch.save(self.master.state_dict(), self.out / f"weights-{self.step}.pt")
-
-    def _copy(self) -> None:
-        torch._foreach_copy_([one.data for one in self._copies], [one.data for one in self._masters])
-
-
 def losses(groups: Sequence[Group], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(how far each group's distribution is from the teacher's, how far each probability is)."""
     parts = torch.split(logits, [len(group["texts"]) for group in groups])
@@ -139,8 +89,7 @@ def train(work: Path, out: Path, decay_from: int | None, steps: int | None, epoc
     groups = read_groups(work)
     schedule = [step for epoch in range(epochs) for step in plan(groups, tokens, SEED + epoch)]
     schedule = schedule[:steps]
-    out.mkdir(parents=True, exist_ok=True)
-    run, begin, pairs, sums = Run(work, out), time.monotonic(), 0, [0.0, 0.0]
+    run, begin, pairs, sums = Run(work, "read", out, READING_SHARE, 1.0), time.monotonic(), 0, [0.0, 0.0]
     print(f"{len(groups)} groups, {len(schedule)} steps, beginning at {run.step}", flush=True)
     while run.step < len(schedule):
         chosen = [groups[index] for index in schedule[run.step]]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SIZE = 10_400  # with six layers in float16: just under 30 MB
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_NEW_NAMES = {"[MASK]": "[DOC]"}  # nothing is masked here; a document begins with it
 _FIRST_WORD = 1996  # before it the backbone's vocabulary holds single characters and unused places
 _LAST_LETTER, _SYMBOLS = 0x500, range(0x2000, 0x2300)  # Latin, Greek, Cyrillic; punctuation, currency, arrows, mathematics
 
@@ -43,7 +44,7 @@ def prune(source: Path, counts: Counter[str], size: int = SIZE) -> tuple[dict[st
             break
         kept.add(piece)
     pieces = sorted(kept, key=old.__getitem__)
-    content["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}
+    content["model"]["vocab"] = {_NEW_NAMES.get(piece, piece): number for number, piece in enumerate(pieces)}
     _renumber(content)
     return content, [old[piece] for piece in pieces]
 
@@ -51,6 +52,7 @@ def prune(source: Path, counts: Counter[str], size: int = SIZE) -> tuple[dict[st
 def _renumber(content: dict[str, Any]) -> None:
     new = content["model"]["vocab"]
     for token in content["added_tokens"]:
+        token["content"] = _NEW_NAMES.get(token["content"], token["content"])
         token["id"] = new[token["content"]]
     for piece, special in content["post_processor"]["special_tokens"].items():
         special["ids"] = [new[piece]]

@@ -16,8 +16,10 @@ import torch
 
 from training.bm25 import BM25, words
 from training.check_leakage import Evaluation, offenders, table
+from training.comparison import COMPONENTS, PLACES, multiply
 from training.groups import LABEL, labelled, unlabelled
-from training.joined import multiply
+from training.joined import HEAD_WIDTH, MARK, Marks, gate
+from training.lexical import regress
 from training.student import Tokens
 from training.texts import sentences, vary
 from training.train import LEARNING_RATE, WARM_UP_STEPS, losses, plan, rate
@@ -38,7 +40,7 @@ def write_evaluation(folder: Path) -> None:
 
 def write_tokens(work: Path, texts: list[list[int]]) -> Tokens:
     np.savez(work / "tokens.npz", tokens=np.array(sum(texts, []), np.uint16), ends=np.cumsum([0, *map(len, texts)]))  # noqa: RUF017 # tiny
-    vocabulary = {"[CLS]": 1, "[SEP]": 2, **{str(number): number for number in range(3, 60)}}
+    vocabulary = {"[CLS]": 1, "[SEP]": 2, "[DOC]": 60, **{str(number): number for number in range(3, 60)}}
     (work / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}), encoding="utf-8")
     return Tokens(work)
 
@@ -83,9 +85,10 @@ def test_pruning_keeps_characters_and_frequent_pieces_and_renumbers_special_toke
     source = tmp_path / "tokenizer.json"
     source.write_text(json.dumps(content | {"post_processor": {"special_tokens": special}}), encoding="utf-8")
     pruned, rows = prune(source, Counter({"often": 9}), size=8)
-    kept = ["[PAD]", "a", "##a", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "often"]
+    kept = ["[PAD]", "a", "##a", "[UNK]", "[CLS]", "[SEP]", "[DOC]", "often"]
     assert pruned["model"]["vocab"] == {piece: place for place, piece in enumerate(kept)}
-    assert rows == [pieces.index(piece) for piece in kept]
+    assert rows == [pieces.index(piece.replace("DOC", "MASK")) for piece in kept]
+    assert pruned["added_tokens"][-1]["content"] == "[DOC]"
     assert [token["id"] for token in pruned["added_tokens"]] == [0, 3, 4, 5, 6]
     assert pruned["post_processor"]["special_tokens"]["[SEP]"]["ids"] == [5]
 
@@ -96,25 +99,48 @@ def test_an_answer_is_nearly_certain_and_a_negative_as_probable_as_the_teacher_f
     assert max(unlabelled("q", ["a", "b"], np.array([1.0, 3.0])).probabilities) == pytest.approx(0.7)
 
 
-def test_the_comparing_layer_takes_the_scalar_product_of_its_two_halves() -> None:
-    size, free = 192, 191
+def test_the_comparing_layer_takes_the_scalar_product_of_its_two_halves_and_the_square_of_the_first() -> None:
+    half = 192
     layer = SimpleNamespace(intermediate=SimpleNamespace(dense=torch.nn.Linear(384, 1536)), output=SimpleNamespace(dense=torch.nn.Linear(1536, 384)))
     for linear in (layer.intermediate.dense, layer.output.dense):
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
-    multiply(layer, size, free)
+    multiply(layer, half)
     states = torch.randn(200, 384, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found = layer.output.dense(torch.nn.functional.gelu(layer.intermediate.dense(states)))
-    wanted = (states[:, :free] * states[:, size : size + free]).sum(1)
-    assert float(torch.corrcoef(torch.stack([found[:, free], wanted]))[0, 1]) > 0.98
-    assert found[:, :free].abs().max() == 0
+    first, second = states[:, :COMPONENTS], states[:, half : half + COMPONENTS]
+    for place, wanted in ((PLACES.product, (first * second).sum(1)), (PLACES.square, first.square().sum(1))):
+        assert float(torch.corrcoef(torch.stack([found[:, place], wanted]))[0, 1]) > 0.98
+    assert found[:, :COMPONENTS].abs().max() == 0
+
+
+def test_the_gate_is_open_within_a_text_and_shut_between_two_however_small_their_marks_are() -> None:
+    marks = Marks(plus=0, minus=1, one=2, matched=3, rarity=4)
+    query = torch.tensor([[MARK, -MARK, MARK, 0, 0], [MARK, -MARK, MARK, 0, 0]]) * torch.tensor([[1.0], [0.3]]) + 0.1
+    document = query * 1.0
+    document[:, [0, 1]] = query[:, [1, 0]]
+    tokens = torch.cat([query, document])
+    for other in (False, True):
+        rows, columns = torch.zeros(2, 5), torch.zeros(2, 5)
+        gate(rows, columns, marks, 24.0, other=other)
+        found = (tokens @ rows.T) @ (tokens @ columns.T).T / HEAD_WIDTH**0.5
+        across = torch.tensor([[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2) == (0 if other else 1)
+        assert found[~across].abs().max() < 1e-5
+        assert found[across].tolist() == pytest.approx([-24.0, -7.2, -7.2, -2.16] * 2, abs=1e-4)
+
+
+def test_a_regression_finds_the_linear_function() -> None:
+    states = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
+    weight, bias = regress(states, states[:, 1] * 2 - states[:, 5] + 3)
+    assert weight.tolist() == pytest.approx([0, 2, 0, 0, 0, -1, 0, 0], abs=1e-2)
+    assert bias.item() == pytest.approx(3, abs=1e-2)
 
 
 def test_a_pair_is_cut_at_its_end_or_to_the_window_that_shares_most_with_the_query(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path, [[50, 51], [*range(3, 43), 50, 51, *range(3, 13)]])
     ids, second = tokens.pair(0, 1, 15)
-    assert (ids, second) == ([1, 50, 51, 2, 1, *range(3, 12), 2], 4)
+    assert (ids, second) == ([1, 50, 51, 2, 60, *range(3, 12), 2], 4)
     ids, second = tokens.pair(0, 1, 15, window=True)
     assert len(ids) == 15
     assert {50, 51} <= set(ids[second:])

@@ -1,0 +1,98 @@
+"""One training run: the model, its copy in bf16, the optimizer and the place, kept in checkpoints; it resumes when started again."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from training.joined import MARKS_FILE
+from training.sets import SEED
+from training.student import LAYERS, build_student
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SAVE_STEPS, KEEP_STEPS = 100, 400
+
+
+class Run:
+    """What writes the marks of `training.joined` stays as it is: a step of the optimizer there, small as it is, opens the gates between the texts."""
+
+    def __init__(self, work: Path, name: str, out: Path, reading: float, comparing: float) -> None:
+        """From the model of that name; `reading` and `comparing` are the shares of the learning rate that the first six layers get, and
+        what comes after them."""
+        torch.manual_seed(SEED)
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.step = out, 0
+        self.master = build_student(work, name)  # float32: small updates would be lost in bf16
+        self.model = build_student(work, name).to(torch.bfloat16)
+        self._masters = [one for one in self.master.parameters() if one.requires_grad]
+        self._copies = [one for one in self.model.parameters() if one.requires_grad]
+        reads = {id(one) for one in self.master.bert.embeddings.parameters()}
+        reads |= {id(one) for layer in self.master.bert.encoder.layer[: LAYERS - 1] for one in layer.parameters()}
+        sets = [
+            {"params": [one for one in self._masters if id(one) in reads], "share": reading},
+            {"params": [one for one in self._masters if id(one) not in reads], "share": comparing},
+        ]
+        self.optimizer = torch.optim.AdamW(sets, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self._free = self._free_weights(json.loads((work / MARKS_FILE).read_text(encoding="utf-8")))
+        if (out / "last.pt").exists():
+            kept = torch.load(out / "last.pt")
+            self.master.load_state_dict(kept["model"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            self.step = kept["step"]
+        self._copy()
+
+    def update(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """One step of the optimizer."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        for master, copy in zip(self._masters, self._copies, strict=True):
+            master.grad, copy.grad = None if copy.grad is None else copy.grad.float(), None
+            if master.grad is not None and id(master) in self._free:
+                master.grad *= self._free[id(master)]
+        torch.nn.utils.clip_grad_norm_([one for one in self._masters if one.grad is not None], 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["share"]
+        self.optimizer.step()
+        self._copy()
+        self.step += 1
+
+    def save(self, *, last: bool) -> None:
+        """The whole state now and then; the weights alone more rarely."""
+        if self.step % SAVE_STEPS == 0 or last:
+            state = {"model": self.master.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+            torch.save(state, self.out / "next.pt")
+            os.replace(self.out / "next.pt", self.out / "last.pt")
+        if self.step % KEEP_STEPS == 0 or last:
+            torch.save(self.master.state_dict(), self.out / f"weights-{self.step}.pt")
+
+    def _copy(self) -> None:
+        torch._foreach_copy_([one.data for one in self._copies], [one.data for one in self._masters])
+
+    def _free_weights(self, marks: list[int]) -> dict[int, torch.Tensor]:
+        """For each parameter that has a part in writing the marks, 1 where it has none."""
+        free: dict[int, torch.Tensor] = {}
+
+        def hold(parameter: torch.Tensor, *where: object) -> None:
+            free.setdefault(id(parameter), torch.ones_like(parameter))[where] = 0.0  # type: ignore[index]
+
+        embeddings = self.master.bert.embeddings
+        norms = [embeddings.LayerNorm]
+        for table in (embeddings.token_type_embeddings, embeddings.position_embeddings):
+            hold(table.weight, slice(None), marks)
+        for layer in self.master.bert.encoder.layer[: LAYERS - 1]:
+            norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+            units = layer.output.dense.weight[marks].any(0).nonzero().flatten()
+            for linear in (layer.attention.output.dense, layer.output.dense):
+                hold(linear.weight, marks)
+                hold(linear.bias, marks)
+            hold(layer.intermediate.dense.weight, units)
+            hold(layer.intermediate.dense.bias, units)
+            hold(layer.output.dense.weight, slice(None), units)
+        for norm in norms:
+            hold(norm.weight, marks)
+            hold(norm.bias, marks)
+        return free
