@@ -1,4 +1,4 @@
-"""The seventh layer of the beginning (`training.joined`): it compares the two texts, and the head judges what it finds.
+"""The seventh layer of the beginning (`training.beginning`): it compares the two texts, and the head judges what it finds.
 
 Half of its heads average the query's tokens, half the document's: their principal components, and the query's shared and own rarity. What
 [CLS] held is drowned by them. The feed-forward layer takes the two averages' scalar product and the square of the query's, by

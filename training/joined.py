@@ -1,4 +1,4 @@
-"""Step 3: the student at its beginning (`python -m training.joined`): the teacher folded into a cross-encoder, before any training.
+"""The bi-encoder folded into a cross-encoder by hand-set weights: the student's beginning (`training.beginning`), before any training.
 
 A cross-encoder that begins as a plain language model has to learn from pairs what the bi-encoder knows already, and to count shared words, which is
 what BM25 knows. Here its weights are set so that neither has to be learnt:
@@ -15,19 +15,18 @@ what BM25 knows. Here its weights are set so that neither has to be learnt:
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from training.backbone import backbone_directory
-from training.sets import SEED
 
-MARKS_FILE = "marks.json"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 MARK = 2.0  # its size, in deviations of a usual token
 GATE = 24.0  # what a token of the other text is worth less, as logarithm of the attention, between usual tokens
 MATCHING_HEADS = (0, 5, 6)  # of the first layer: without any one of them the cosines of pairs stay as they were (correlation .999)
@@ -126,7 +125,7 @@ def joined_encoder(work: Path, seed: int) -> tuple[Any, Seen, Marks]:
     model = AutoModelForSequenceClassification.from_pretrained(str(backbone_directory()), num_labels=1, dtype=torch.float32).eval()
     rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
     words = model.bert.embeddings.word_embeddings
-    words.weight.data = _rounded(words.weight.data[rows])
+    words.weight.data = rounded(words.weight.data[rows])
     words.weight.requires_grad_(False)
     words.num_embeddings = model.config.vocab_size = len(rows)
     seen = Seen(model, work, seed)
@@ -146,7 +145,8 @@ def joined_encoder(work: Path, seed: int) -> tuple[Any, Seen, Marks]:
     return model, seen, marks
 
 
-def _rounded(weight: Tensor) -> Tensor:
+def rounded(weight: Tensor) -> Tensor:
+    """What will be left of word embeddings that are stored as float8."""
     return weight.to(torch.float8_e4m3fn).float()
 
 
@@ -171,7 +171,7 @@ def _mark_embeddings(embeddings: Any, marks: Marks, seen: Seen) -> None:
 def _begin_documents(embeddings: Any, work: Path, marks: Marks) -> None:
     vocabulary = json.loads((work / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     words, positions = embeddings.word_embeddings.weight.data, embeddings.position_embeddings.weight.data
-    words[vocabulary["[DOC]"]] = _rounded(words[vocabulary["[CLS]"]] + positions[0] - positions[_USUAL_SHIFT].mean(0))
+    words[vocabulary["[DOC]"]] = rounded(words[vocabulary["[CLS]"]] + positions[0] - positions[_USUAL_SHIFT].mean(0))
     words[vocabulary["[DOC]"], list(marks)] = 0.0
 
 
@@ -262,23 +262,3 @@ def _renew_marks(layer: Any, marks: Marks, seen: Seen, number: int, spare: list[
     _make_room(output.LayerNorm, seen, size)
     _pass(output.LayerNorm, list(marks), seen, unbiased=[marks.matched, marks.rarity])
     output.LayerNorm.weight.data[marks.signs] = 1.0
-
-
-def main() -> None:
-    """Parse the command line and write WORK/start."""
-    from training.comparison import add_comparison, fit_judgement
-    from training.lexical import add_matching
-
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="directory that training.build has filled")
-    options = parser.parse_args()
-    model, seen, marks = joined_encoder(options.work, SEED)
-    add_matching(model, seen, marks, options.work)
-    add_comparison(model, seen, marks)
-    fit_judgement(model, options.work)
-    model.save_pretrained(options.work / "start")
-    (options.work / MARKS_FILE).write_text(json.dumps(marks), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Heads that find a token of one text in the other: the part of the beginning (`training.joined`) that counts shared words, as BM25 does.
+"""Heads that find a token of one text in the other: the part of the beginning (`training.beginning`) that counts shared words, as BM25 does.
 
 Each matching head's query and key are fitted, by gradient descent on the embeddings alone, so that a token attends to its equals in the other
 text, or, where it has none, to that text's special tokens. Its value is how rare the token is, by a linear regression; so is what two units of

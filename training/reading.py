@@ -18,16 +18,16 @@ from transformers import AutoModel
 
 from training.backbone import backbone_directory
 from training.comparison import fit_judgement
-from training.joined import MARKS_FILE
-from training.run import Run
+from training.joined import rounded
+from training.run import MARKS_FILE, Run
 from training.sets import SEED
-from training.student import PASS_TOKENS, Tokens, pairs_of, passes
-from training.train import plan, read_groups
+from training.student import Tokens, by_length, pairs_of, passes
+from training.train import plan, rate, read_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-LEARNING_RATE, WARM_UP_STEPS, DECAY_FROM = 2e-5, 50, 1 / 3
+LEARNING_RATE = 2e-5
 STEPS, PRINT_STEPS = 1500, 20
 _LOSS_WEIGHT = 5.0
 
@@ -39,20 +39,14 @@ class BiEncoderAverages:
         self._model = AutoModel.from_pretrained(str(backbone_directory())).eval()
         rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
         words = self._model.embeddings.word_embeddings
-        words.weight.data = words.weight.data[rows].to(torch.float8_e4m3fn).float()
+        words.weight.data = rounded(words.weight.data[rows])
         self._model.to(torch.bfloat16)
 
     @torch.inference_mode()
     def of(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """(texts, width) float32: the mean over the tokens, special ones included, of each text's last hidden state."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         found = torch.zeros(len(texts), self._model.config.hidden_size)
-        start = 0
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * len(texts[order[end]]) <= PASS_TOKENS:
-                end += 1
-            part = order[start:end]
+        for part in by_length([len(text) for text in texts]):
             ids = torch.zeros(len(part), len(texts[part[-1]]), dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, index in enumerate(part):
@@ -60,7 +54,6 @@ class BiEncoderAverages:
                 mask[row, : len(texts[index])] = 1
             hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state.float() * mask[:, :, None]
             found[part] = hidden.sum(1) / mask.sum(1, keepdim=True)
-            start = end
         return found
 
 
@@ -84,8 +77,7 @@ def teach(work: Path, out: Path, steps: int) -> Any:
     while run.step < len(schedule):
         pairs = [pair for index in schedule[run.step] for pair in pairs_of(groups[index], tokens)]
         errors = error(passes(run.model, pairs).read, pairs, bi_encoder, known)
-        falling = max(0.02, min(1.0, (steps - run.step) / (steps * (1 - DECAY_FROM))))
-        run.update(_LOSS_WEIGHT * errors.mean(), LEARNING_RATE * min(1.0, (run.step + 1) / WARM_UP_STEPS) * falling)
+        run.update(_LOSS_WEIGHT * errors.mean(), rate(run.step, steps // 3, steps, LEARNING_RATE))
         sums += errors.detach()
         if run.step % PRINT_STEPS == 0:
             query, document = (sums / PRINT_STEPS).tolist()
@@ -99,7 +91,7 @@ def teach(work: Path, out: Path, steps: int) -> Any:
 def main() -> None:
     """Parse the command line, teach, fit the judgement to what is read now, and write WORK/read."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="directory that training.joined has filled")
+    parser.add_argument("--work", type=Path, required=True, help="directory that training.beginning has filled")
     parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()

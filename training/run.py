@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from training.joined import MARKS_FILE
 from training.sets import SEED
 from training.student import LAYERS, build_student
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+MARKS_FILE = "marks.json"  # the coordinates that `training.beginning` set apart
 SAVE_STEPS, KEEP_STEPS = 100, 400
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForSequenceClassification
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 LAYERS = 7
@@ -41,7 +41,7 @@ def _attention(
 
 
 def build_student(work: Path, name: str = "start") -> Any:
-    """What `training.joined` made ("start") or `training.reading` ("read"), float32, no dropout; word embeddings are rounded to what will be
+    """What `training.beginning` made ("start") or `training.reading` ("read"), float32, no dropout; word embeddings are rounded to what will be
     stored, and frozen."""
     AttentionInterface.register("plain", _attention)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -96,16 +96,24 @@ def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tenso
     return passes(model, pairs).logits
 
 
-def passes(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
-    """What the model makes of pairs, in passes of like length."""
-    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
-    parts, start = [], 0
+def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices, from the shortest to the longest, in parts that hold about PASS_TOKENS when padded to their longest."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    start = 0
     while start < len(order):
         end = start + 1
-        while end < len(order) and (end + 1 - start) * len(pairs[order[end]][0]) <= PASS_TOKENS:
+        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= PASS_TOKENS:
             end += 1
-        parts.append(_pass(model, [pairs[index] for index in order[start:end]]))
+        yield order[start:end]
         start = end
+
+
+def passes(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
+    """What the model makes of pairs, in passes of like length."""
+    order, parts = [], []
+    for part in by_length([len(ids) for ids, _ in pairs]):
+        parts.append(_pass(model, [pairs[index] for index in part]))
+        order += part
     back = torch.from_numpy(np.argsort(order))
     return Passed(*(torch.cat(column).float()[back] for column in zip(*parts, strict=True)))
 

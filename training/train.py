@@ -65,11 +65,11 @@ def plan(groups: Sequence[Group], tokens: Tokens, seed: int) -> list[list[int]]:
     return steps
 
 
-def rate(step: int, decay_from: int, steps: int) -> float:
+def rate(step: int, decay_from: int, steps: int, peak: float = LEARNING_RATE) -> float:
     """Warm-up, a plateau, and a straight line down to a fiftieth: when to go down can be decided while it runs."""
     falling: float = max(0.02, (steps - step) / max(1, steps - decay_from))
     rising: float = min(1.0, (step + 1) / WARM_UP_STEPS)
-    return LEARNING_RATE * min(rising, falling)
+    return peak * min(rising, falling)
 
 
 def losses(groups: Sequence[Group], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
