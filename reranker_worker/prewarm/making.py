@@ -48,6 +48,10 @@ _PARITY = 65
 _LEFT_BEHIND = (MANIFEST_NAME, KNOWN_PAIRS_FILE, ARTEFACT_FILE, "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.onnx", "*.md", ".git*")
 
 
+class _ParityError(BackendError):
+    """What was made ranks differently."""
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """An artefact and whether it was there already."""
@@ -137,15 +141,25 @@ def _make(config: Config, target: Path, progress: Callable[[str, int, int], None
 
 
 def _write(config: Config, source: ResolvedModel, place: Path, progress: Callable[[str, int, int], None]) -> Artefact:
-    """Everything but the manifest."""
+    """Everything but the manifest; where int8 changes the ranking, once more with the sensitive layers left out."""
+    if _wanted(config)[1] == "int8":
+        try:
+            return _write_once(config, source, place, progress, careful=False)
+        except _ParityError:
+            shutil.rmtree(place)  # rather than written over: what was opened is mapped into memory
+            place.mkdir()
+    return _write_once(config, source, place, progress, careful=True)
+
+
+def _write_once(config: Config, source: ResolvedModel, place: Path, progress: Callable[[str, int, int], None], *, careful: bool) -> Artefact:
     backend, dtype = _wanted(config)
     progress("exporting the model", 0, 0)
     try:
-        positions = _export(source, backend, dtype, place)
+        positions = _export(source, backend, dtype, place, careful=careful)
     except UnsupportedModelError as error:
         if config.backend != "auto" or dtype == "int8":
             raise BackendError(f"The backend {backend} cannot run the model {shown(config.model)}: {error}.", UNSAFE) from error
-        backend, positions = "torch", _export(source, "torch", dtype, place)
+        backend, positions = "torch", _export(source, "torch", dtype, place, careful=careful)
     names = sorted(path.relative_to(source.path).as_posix() for path in source.path.rglob("*") if path.is_file() and path.name[0] != ".")
     origin = Source(key_of(config), source.revision, fingerprint(source.path, names))
     draft = Artefact(backend, dtype, origin, positions, {}, 0.0, {}, path=place)
@@ -154,7 +168,7 @@ def _write(config: Config, source: ResolvedModel, place: Path, progress: Callabl
     parity, speed = _compare(opened, settings, source, progress)
     problem = parity.problem(exact=dtype == "float32")
     if problem is not None:
-        raise BackendError(f"{backend} {dtype} does not give the ranking of {shown(config.model)}: {problem}. Use another dtype.", _PARITY)
+        raise _ParityError(f"{backend} {dtype} does not give the ranking of {shown(config.model)}: {problem}. Use another dtype.", _PARITY)
     _write_known_pairs(opened, source, place)
     figures = {name: round(value, 6) for name, value in asdict(parity).items()}
     artefact = replace(draft, parity=figures, pairs_per_second=round(speed, 1), versions=library_versions(opened))
@@ -166,8 +180,8 @@ def _threads(config: Config) -> int:
     return config.threads or usable_threads()
 
 
-def _export(source: ResolvedModel, backend: str, dtype: str, place: Path) -> int:
-    """Write what the backend needs; the number of positions of a graph, else 0."""
+def _export(source: ResolvedModel, backend: str, dtype: str, place: Path, *, careful: bool) -> int:
+    """Write what the backend needs; the number of positions of a graph, else 0. `careful`: int8 for the less sensitive layers alone."""
     if backend == "torch":
         shutil.copytree(source.path, place, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_LEFT_BEHIND))
         return 0
@@ -177,9 +191,11 @@ def _export(source: ResolvedModel, backend: str, dtype: str, place: Path) -> int
 
     ranges = None
     if dtype == "int8":
-        from reranker_worker.prewarm.calibration import calibrate
+        from reranker_worker.prewarm.calibration import calibrate, less_sensitive
 
         ranges = calibrate(encoder, declared, for_calibration())
+        if careful:
+            ranges = less_sensitive(ranges, len(encoder.layers))
     save_graph(encoder, place, ranges)
     for path in sorted(source.path.glob("*.json")):
         if path.name not in (KNOWN_PAIRS_FILE, ARTEFACT_FILE) and not path.name.endswith(".index.json"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from host import Host
@@ -108,6 +109,24 @@ def test_int8_moves_scores_a_little_and_halves_the_weights(model: Path, artefact
     assert facts["parity"]["kendall_tau"] > 0.8
     weights = [(place / "model.weights").stat().st_size for place in (tmp_path / "small", artefact)]
     assert weights[0] < weights[1]
+
+
+def test_what_int8_would_spoil_stays_float32(tiny: ModelMaker, tmp_path: Path) -> None:
+    spoiled = Path(shutil.copytree(tiny("bert", layers=4), tmp_path / "model"))
+    weights = load_file(spoiled / "model.safetensors")
+    for number in range(4):  # one unit of each feed-forward part is huge and leads nowhere; the others matter
+        part = f"bert.encoder.layer.{number}."
+        weights[part + "intermediate.dense.bias"][0] = 5000.0
+        weights[part + "output.dense.weight"] *= 50
+        weights[part + "output.dense.weight"][:, 0] = 0.0
+    save_file(weights, spoiled / "model.safetensors", metadata={"format": "pt"})
+    facts = made("--model", spoiled, "--dtype", "int8", "--output", tmp_path / "careful")
+    assert facts["dtype"] == "int8"
+    assert facts["parity"]["kendall_tau"] > 0.8
+    assert facts["parity"]["max_difference"] > 1e-6
+    made("--model", spoiled, "--output", tmp_path / "exact")
+    sizes = [(tmp_path / name / "model.weights").stat().st_size for name in ("careful", "exact")]
+    assert sizes[0] < sizes[1]
 
 
 def test_a_model_that_graphs_cannot_hold_is_prewarmed_for_torch(tiny: ModelMaker, tmp_path: Path) -> None:
