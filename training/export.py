@@ -1,4 +1,4 @@
-"""Step 6: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
+"""Step 7: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from training.calibrate import fit, fold, held_out_logits
-from training.student import build_student
+from training.student import build_student, is_stored_as_float8
+from training.train import STEPS_TOGETHER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,7 +104,7 @@ def clean_config(content: Row) -> None:
 
 
 def write_bundle(model: Any, tokenizer: Path, out: Path) -> None:
-    """Weights in float16, word embeddings in float8 (to which they were rounded before the training), configuration and tokenizer."""
+    """Weights in float8 (those that were rounded to it in training) or float16, configuration and tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as raw_name, tempfile.TemporaryDirectory() as saved_name:
         raw, saved = Path(raw_name), Path(saved_name)
@@ -122,7 +123,7 @@ def write_bundle(model: Any, tokenizer: Path, out: Path) -> None:
 
 
 def _stored(name: str) -> torch.dtype:
-    return torch.float8_e4m3fn if name.endswith("word_embeddings.weight") else torch.float16
+    return torch.float8_e4m3fn if is_stored_as_float8(name) else torch.float16
 
 
 def check_bundle(out: Path) -> CrossEncoder:
@@ -165,14 +166,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="directory that training.build has filled")
     parser.add_argument("--weights", type=Path, nargs="+", help="weights-N.pt; of several the mean is taken")
-    parser.add_argument("--trained-steps", type=int, help="groups after this step calibrate")
+    parser.add_argument("--trained-steps", type=int, help="steps of training.train: groups after them calibrate")
     parser.add_argument("--out", type=Path, required=True, help="directory of the bundle; its model card stays")
     parser.add_argument("--manifest-only", action="store_true", help="after an edit of the model card")
     options = parser.parse_args()
     if not options.manifest_only:
         model = build_student(options.work)
         model.load_state_dict(average(options.weights))
-        scale, shift = fit(*held_out_logits(model.eval(), options.work, options.trained_steps))
+        scale, shift = fit(*held_out_logits(model.eval(), options.work, options.trained_steps * STEPS_TOGETHER))
         print(f"calibration: logit x {scale:.3f} {shift:+.3f}")
         fold(model, scale, shift)
         write_bundle(model, options.work / "tokenizer.json", options.out)

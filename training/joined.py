@@ -9,8 +9,9 @@ what BM25 knows. Here its weights are set so that neither has to be learnt:
   both over the token's deviation and whatever its mean: each attention head gives up two of its 32 dimensions (those that change its scores least on
   real text, by a singular value decomposition) for the product of the former minus the product of the latter: 0 within a text, -GATE across.
   `[DOC]` has the sum of `[CLS]` and of the first position, less its own: a text knows that it begins.
-- **Shared words.** Three heads of the first layer, which are missed least, look for a token in the other text instead: `training.lexical`.
-- **A seventh layer compares**: `training.comparison`.
+- **Every token of one length.** Three coordinates of the bi-encoder's last state hold half of its size and are multiplied by zero. They are taken
+  away before the last normalization, whose own weights become one: the product of two tokens is their cosine.
+- **Two more layers compare**: `training.matching`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from training.backbone import backbone_directory
+from training.student import rounded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 MARK = 2.0  # its size, in deviations of a usual token
 GATE = 24.0  # what a token of the other text is worth less, as logarithm of the attention, between usual tokens
-MATCHING_HEADS = (0, 5, 6)  # of the first layer: without any one of them the cosines of pairs stay as they were (correlation .999)
 HEAD_WIDTH = 32
 _SAMPLE_TEXTS, _SAMPLE_TOKENS = 600, 96
 _USUAL_SHIFT = slice(8, 24)  # positions at which documents begin
 _SHARPNESS, _HALF_WIDTH = 10.0, 0.2  # of the ramp that renews the marks
 _SPARE_DIMENSIONS = 2
+_IGNORED = 0.05  # a coordinate that the last normalization multiplies by less says nothing
+_MARK_UNITS = 8  # of each feed-forward layer
 
 Tensor = torch.Tensor
 
@@ -45,13 +49,6 @@ class Marks(NamedTuple):
     plus: int
     minus: int
     one: int
-    matched: int  # how rare a token is that the other text has too
-    rarity: int  # how rare a token is
-
-    @property
-    def signs(self) -> list[int]:
-        """Those that tell the texts apart."""
-        return [self.plus, self.minus, self.one]
 
 
 class Seen:
@@ -111,16 +108,14 @@ class Seen:
         outer = self.model.bert.encoder.layer[number].output.dense.weight.data
         return [int(at) for at in (self.units[number] * outer.square().sum(0)).argsort()]
 
-    def statistics(self, norm: Any) -> tuple[float, float]:
-        """(standard deviation, mean / standard deviation) over a token's coordinates, the medians over tokens, of what a normalization reads."""
-        rows = torch.cat(self.before[norm])
-        deviation = rows.std(1, unbiased=False)
-        return float(deviation.median()), float((rows.mean(1) / deviation).median())
+    def deviation(self, norm: Any) -> float:
+        """The standard deviation over a token's coordinates, the median over tokens, of what a normalization reads."""
+        return float(torch.cat(self.before[norm]).std(1, unbiased=False).median())
 
 
-def joined_encoder(work: Path, seed: int) -> tuple[Any, Seen, Marks]:
-    """A BertForSequenceClassification of six layers, float32, that reads two texts apart; word embeddings are rounded to float8 as they will be
-    stored. Its matching heads look at the other text and take nothing from it yet."""
+def joined_encoder(work: Path, seed: int) -> tuple[Any, Marks]:
+    """A BertForSequenceClassification of six layers, float32, that reads two texts apart; word embeddings and feed-forward weights are rounded to
+    float8, as they will be stored."""
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(backbone_directory()), num_labels=1, dtype=torch.float32).eval()
     rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
@@ -138,31 +133,28 @@ def joined_encoder(work: Path, seed: int) -> tuple[Any, Seen, Marks]:
             for linear in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
                 _forget(linear, marks, given.mean(0))
             _gate_attention(layer, marks, seen, given)
-            if number == 0:
-                _free_matching_heads(layer.attention, marks, given.mean(0))
-            _renew_marks(layer, marks, seen, number, spare)
+            if number == len(model.bert.encoder.layer) - 1:
+                _keep_directions(layer, seen, spare[_MARK_UNITS:])
+            _renew_marks(layer, marks, seen, number, spare[:_MARK_UNITS])
+            for linear in (layer.intermediate.dense, layer.output.dense):
+                linear.weight.data = rounded(linear.weight.data)
         _begin_documents(model.bert.embeddings, work, marks)
-    return model, seen, marks
-
-
-def rounded(weight: Tensor) -> Tensor:
-    """What will be left of word embeddings that are stored as float8."""
-    return weight.to(torch.float8_e4m3fn).float()
+    return model, marks
 
 
 def _make_room(norm: Any, seen: Seen, size: float) -> None:
     """The other coordinates stay what they were, although marks of this size add to the deviation that they are divided by."""
-    norm.weight.data *= float(np.sqrt(1 + 3 * size**2 / len(norm.weight) / seen.statistics(norm)[0] ** 2))
+    norm.weight.data *= float(np.sqrt(1 + 3 * size**2 / len(norm.weight) / seen.deviation(norm) ** 2))
 
 
 def _mark_embeddings(embeddings: Any, marks: Marks, seen: Seen) -> None:
-    size = MARK * seen.statistics(embeddings.LayerNorm)[0]
+    size = MARK * seen.deviation(embeddings.LayerNorm)
     types = embeddings.token_type_embeddings.weight.data
     types[1] = types[0]
     for table in (embeddings.word_embeddings, embeddings.position_embeddings, embeddings.token_type_embeddings):
         table.weight.data[:, list(marks)] = 0.0
-    types[0, marks.signs] = torch.tensor([size, -size, size])
-    types[1, marks.signs] = torch.tensor([-size, size, size])
+    types[0, list(marks)] = torch.tensor([size, -size, size])
+    types[1, list(marks)] = torch.tensor([-size, size, size])
     _make_room(embeddings.LayerNorm, seen, size)
     embeddings.LayerNorm.weight.data[list(marks)] = 1.0
     embeddings.LayerNorm.bias.data[list(marks)] = 0.0
@@ -181,11 +173,11 @@ def _forget(linear: Any, marks: Marks, mean: Tensor) -> None:
     linear.weight.data[:, list(marks)] = 0.0
 
 
-def gate(first: Tensor, second: Tensor, marks: Marks, strength: float, *, other: bool = False) -> None:
+def gate(first: Tensor, second: Tensor, marks: Marks, strength: float) -> None:
     """Let two rows each of a query's and a key's weights tell the texts apart: their product is 0 between tokens of one text and minus `strength`
-    between those of two (with `other` the reverse), for usual tokens and before attention's own scale is undone."""
+    between those of two, for usual tokens and before attention's own scale is undone."""
     root = float(np.sqrt(strength / 2 * np.sqrt(HEAD_WIDTH))) / MARK
-    for rows, own, size in ((first, -root if other else root, root), (second, root, -root)):
+    for rows, own, size in ((first, root, root), (second, root, -root)):
         rows[0, marks.plus], rows[0, marks.minus] = own / 2, -own / 2
         rows[1, marks.one], rows[1, marks.plus], rows[1, marks.minus] = size, -size / 2, -size / 2
 
@@ -211,54 +203,64 @@ def _gate_attention(layer: Any, marks: Marks, seen: Seen, given: Tensor) -> None
     output.dense.weight.data[list(marks)] = 0.0
     output.dense.bias.data[list(marks)] = 0.0
     _make_room(output.LayerNorm, seen, MARK)
-    _pass(output.LayerNorm, list(marks), seen, unbiased=[marks.matched, marks.rarity])
+    norm = output.LayerNorm  # divides by the deviation of a usual token: multiplied by it again, the marks pass
+    norm.weight.data[list(marks)] = seen.deviation(norm)
+    norm.bias.data[list(marks)] = 0.0
 
 
-def _pass(norm: Any, places: list[int], seen: Seen, unbiased: list[int]) -> None:
-    """A normalization divides by the deviation of a usual token and multiplies these coordinates by it again; some are freed of the mean."""
-    deviation, mean = seen.statistics(norm)
-    norm.weight.data[places] = deviation
-    norm.bias.data[places] = 0.0
-    norm.bias.data[unbiased] = deviation * mean
+def ignored_coordinates(norm: Any) -> list[int]:
+    """Coordinates that a normalization multiplies by nearly zero."""
+    return [int(at) for at in (norm.weight.data.abs() < _IGNORED).nonzero()]
 
 
-def _free_matching_heads(attention: Any, marks: Marks, mean: Tensor) -> None:
-    """The matching heads give what they gave on average, and see the other text alone."""
-    own, output = attention.self, attention.output.dense
-    for head in MATCHING_HEADS:
-        part = slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
-        output.bias.data += output.weight.data[:, part] @ (own.value.bias.data[part] + own.value.weight.data[part] @ mean)
-        output.weight.data[:, part] = 0.0
-        for linear in (own.query, own.key, own.value):
-            linear.weight.data[part] = 0.0
-            linear.bias.data[part] = 0.0
-        last = slice(part.stop - _SPARE_DIMENSIONS, part.stop)
-        gate(own.query.weight.data[last], own.key.weight.data[last], marks, GATE, other=True)
+def _keep_directions(layer: Any, seen: Seen, spare: list[int]) -> None:
+    """Take away what the normalization will ignore, by gelu(x) - gelu(-x) = x, and let it do nothing else but normalize."""
+    inner, outer, norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
+    ignored = ignored_coordinates(norm)
+    outer.weight.data[ignored] = 0.0
+    outer.bias.data[ignored] = 0.0
+    for place, at in enumerate(ignored):
+        units = spare[2 * place : 2 * place + 2]
+        inner.weight.data[units] = 0.0
+        inner.bias.data[units] = 0.0
+        outer.weight.data[:, units] = 0.0
+        inner.weight.data[units, at] = torch.tensor([1.0, -1.0])
+        outer.weight.data[at, units] = torch.tensor([-1.0, 1.0])
+    for rows in seen.before[norm]:
+        rows[:, ignored] = 0.0
+    norm.weight.data.fill_(1.0)
+    norm.bias.data.zero_()
 
 
 def _renew_marks(layer: Any, marks: Marks, seen: Seen, number: int, spare: list[int]) -> None:
-    """gelu(x) - gelu(-x) = x takes the three away; a ramp of two units, and the bias, put them back at their full size."""
-    inner, output = layer.intermediate.dense, layer.output
-    _forget(inner, marks, torch.cat(seen.middles[number]).mean(0))
-    *away, up, down = spare[:8]
-    for linear_rows in (inner.weight.data, inner.bias.data):
-        linear_rows[[*away, up, down]] = 0.0
-    output.dense.weight.data[:, [*away, up, down]] = 0.0
+    """Put the marks back at their full size, and make room for them in the normalization."""
+    output = layer.output
+    _forget(layer.intermediate.dense, marks, torch.cat(seen.middles[number]).mean(0))
     output.dense.weight.data[list(marks)] = 0.0
-    for block, mark in enumerate(marks.signs):
-        units = away[2 * block : 2 * block + 2]
-        inner.weight.data[units, mark] = torch.tensor([1.0, -1.0])
-        output.dense.weight.data[mark, units] = torch.tensor([-1.0, 1.0])
+    size = MARK * seen.deviation(output.LayerNorm)
+    renew(layer, list(marks), marks, size, spare)
+    _make_room(output.LayerNorm, seen, size)
+    output.LayerNorm.weight.data[list(marks)] = 1.0
+    output.LayerNorm.bias.data[list(marks)] = 0.0
+
+
+def renew(layer: Any, places: Sequence[int], marks: Marks, size: float, spare: Sequence[int]) -> None:
+    """Let two units for each of these marks, and two more, take the marks away, by gelu(x) - gelu(-x) = x, and put them back at this size, by a
+    ramp and the bias."""
+    inner, outer = layer.intermediate.dense, layer.output.dense
+    units = list(spare[: 2 * len(places) + 2])
+    *away, up, down = units
+    for linear_rows in (inner.weight.data, inner.bias.data):
+        linear_rows[units] = 0.0
+    outer.weight.data[:, units] = 0.0
+    for block, mark in enumerate(places):
+        pair = away[2 * block : 2 * block + 2]
+        inner.weight.data[pair, mark] = torch.tensor([1.0, -1.0])
+        outer.weight.data[mark, pair] = torch.tensor([-1.0, 1.0])
     for unit, sign in ((up, 1.0), (down, -1.0)):
         inner.weight.data[unit, [marks.plus, marks.minus]] = torch.tensor([_SHARPNESS / 2, -_SHARPNESS / 2])
         inner.bias.data[unit] = sign * _SHARPNESS * _HALF_WIDTH
-    deviation, _ = seen.statistics(output.LayerNorm)
-    size = MARK * deviation
     step = size / (_SHARPNESS * _HALF_WIDTH)
-    output.dense.weight.data[marks.plus, [up, down]] = torch.tensor([step, -step])
-    output.dense.weight.data[marks.minus, [up, down]] = torch.tensor([-step, step])
-    output.dense.bias.data[list(marks)] = 0.0
-    output.dense.bias.data[marks.signs] = torch.tensor([-size, size, size])
-    _make_room(output.LayerNorm, seen, size)
-    _pass(output.LayerNorm, list(marks), seen, unbiased=[marks.matched, marks.rarity])
-    output.LayerNorm.weight.data[marks.signs] = 1.0
+    outer.weight.data[marks.plus, [up, down]] = torch.tensor([step, -step])
+    outer.weight.data[marks.minus, [up, down]] = torch.tensor([-step, step])
+    outer.bias.data[places] = torch.tensor([-size, size, size][: len(places)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from training.sets import SEED
-from training.student import LAYERS, build_student
+from training.student import READING_LAYERS, build_student, is_stored_as_float8, rounded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,10 +29,15 @@ class Run:
         self.out, self.step = out, 0
         self.master = build_student(work, name)  # float32: small updates would be lost in bf16
         self.model = build_student(work, name).to(torch.bfloat16)
+        if not reading:
+            for model in (self.master, self.model):
+                for part in (model.bert.embeddings, model.bert.encoder.layer[:READING_LAYERS]):
+                    part.requires_grad_(False)
         self._masters = [one for one in self.master.parameters() if one.requires_grad]
         self._copies = [one for one in self.model.parameters() if one.requires_grad]
+        self._coarse = {id(one) for name, one in self.model.named_parameters() if is_stored_as_float8(name)}
         reads = {id(one) for one in self.master.bert.embeddings.parameters()}
-        reads |= {id(one) for layer in self.master.bert.encoder.layer[: LAYERS - 1] for one in layer.parameters()}
+        reads |= {id(one) for layer in self.master.bert.encoder.layer[: READING_LAYERS] for one in layer.parameters()}
         sets = [
             {"params": [one for one in self._masters if id(one) in reads], "share": reading},
             {"params": [one for one in self._masters if id(one) not in reads], "share": comparing},
@@ -71,6 +76,9 @@ class Run:
 
     def _copy(self) -> None:
         torch._foreach_copy_([one.data for one in self._copies], [one.data for one in self._masters])
+        for one in self._copies:
+            if id(one) in self._coarse:  # the gradient is taken where the stored weights will be
+                one.data = rounded(one.data)
 
     def _free_weights(self, marks: list[int]) -> dict[int, torch.Tensor]:
         """For each parameter that has a part in writing the marks, 1 where it has none."""
@@ -83,7 +91,7 @@ class Run:
         norms = [embeddings.LayerNorm]
         for table in (embeddings.token_type_embeddings, embeddings.position_embeddings):
             hold(table.weight, slice(None), marks)
-        for layer in self.master.bert.encoder.layer[: LAYERS - 1]:
+        for layer in self.master.bert.encoder.layer[: READING_LAYERS]:
             norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
             units = layer.output.dense.weight[marks].any(0).nonzero().flatten()
             for linear in (layer.attention.output.dense, layer.output.dense):

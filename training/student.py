@@ -13,19 +13,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-LAYERS = 7
+READING_LAYERS, LAYERS = 6, 8
 PASS_TOKENS = 4000  # of one forward pass: cache-sized on a CPU
 MOST_QUERY_TOKENS = 64
 WINDOW_STRIDE = 8
 _MASKED = -10_000.0
 
 
-class Passed(NamedTuple):
-    """What the model made of n pairs, in their order."""
+class Read(NamedTuple):
+    """What the layers that read made of n pairs of like length."""
 
-    logits: torch.Tensor  # (n,) float32
-    first: torch.Tensor  # (n, width) float32, the last hidden state of [CLS]
-    read: torch.Tensor  # (n, 2, width) float32, the averages of both texts' tokens before they are compared
+    indices: list[int]
+    states: torch.Tensor  # (n, L, width)
+    bias: torch.Tensor | None  # (n, 1, 1, L), added to the logarithms of the attention
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What will be left of weights that are stored as float8."""
+    return weight.to(torch.float8_e4m3fn).to(weight.dtype)
+
+
+def is_stored_as_float8(name: str) -> bool:
+    """Word embeddings and the feed-forward weights are: two thirds of the model."""
+    return name.endswith(("word_embeddings.weight", "intermediate.dense.weight")) or (
+        name.endswith("output.dense.weight") and "attention" not in name
+    )
 
 
 def _attention(
@@ -91,11 +103,6 @@ def pairs_of(group: dict[str, Any], tokens: Tokens) -> list[tuple[list[int], int
     return [tokens.pair(group["query"], text, group["length"], window=group["short"]) for text in group["texts"]]
 
 
-def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
-    """The logits of pairs."""
-    return passes(model, pairs).logits
-
-
 def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices, from the shortest to the longest, in parts that hold about PASS_TOKENS when padded to their longest."""
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
@@ -108,17 +115,38 @@ def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         start = end
 
 
-def passes(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
-    """What the model makes of pairs, in passes of like length."""
+def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+    """(n,) float32: the logits of n pairs."""
     order, parts = [], []
+    for part in read(model, pairs):
+        order += part.indices
+        parts.append(model.classifier(model.bert.pooler(compare(model, part.states, part.bias))).squeeze(-1))
+    return torch.cat(parts).float()[torch.from_numpy(np.argsort(order))]
+
+
+def read(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Iterator[Read]:
+    """The layers that read, in passes of like length."""
+    learns = next(model.bert.encoder.layer[0].parameters()).requires_grad
     for part in by_length([len(ids) for ids, _ in pairs]):
-        parts.append(_pass(model, [pairs[index] for index in part]))
-        order += part
-    back = torch.from_numpy(np.argsort(order))
-    return Passed(*(torch.cat(column).float()[back] for column in zip(*parts, strict=True)))
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            done = _read([pairs[index] for index in part], part, model)
+        yield done
 
 
-def _pass(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
+def compare(model: Any, states: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(n, L, width): the last states, by the layers that follow those that read."""
+    for layer in model.bert.encoder.layer[READING_LAYERS:]:
+        states = _through(layer, states, bias)
+    return states
+
+
+def _through(layer: Any, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result = layer(hidden, bias)
+    states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return states
+
+
+def _read(pairs: Sequence[tuple[list[int], int]], indices: list[int], model: Any) -> Read:
     shortest, longest = len(pairs[0][0]), len(pairs[-1][0])
     ids = np.zeros((len(pairs), longest), np.int64)
     types = np.zeros_like(ids)
@@ -129,13 +157,6 @@ def _pass(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Passed:
         mask[row, :, :, len(tokens) :] = _MASKED
     bias = None if shortest == longest else torch.from_numpy(mask).to(model.dtype)
     hidden = model.bert.embeddings(input_ids=torch.from_numpy(ids), token_type_ids=torch.from_numpy(types))
-    real = mask[:, 0, 0] == 0
-    shares = np.stack([real & (types == text) for text in range(2)], 1).astype(np.float32)
-    shares /= shares.sum(2, keepdims=True)
-    read = hidden
-    for number, layer in enumerate(model.bert.encoder.layer):
-        if number == LAYERS - 1:
-            read = torch.bmm(torch.from_numpy(shares).to(hidden.dtype), hidden)
-        result = layer(hidden, bias)
-        hidden = result[0] if isinstance(result, tuple) else result
-    return Passed(model.classifier(model.bert.pooler(hidden)).squeeze(-1), hidden[:, 0], read)
+    for layer in model.bert.encoder.layer[:READING_LAYERS]:
+        hidden = _through(layer, hidden, bias)
+    return Read(indices, hidden, bias)

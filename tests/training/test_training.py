@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from training.bm25 import BM25, words
 from training.check_leakage import Evaluation, offenders, table
-from training.comparison import COMPONENTS, PLACES, multiply
 from training.groups import LABEL, labelled, unlabelled
-from training.joined import HEAD_WIDTH, MARK, Marks, gate
-from training.lexical import regress
+from training.joined import HEAD_WIDTH, MARK, Marks, gate, renew
+from training.matching import add_layers
 from training.student import Tokens
 from training.texts import sentences, vary
 from training.train import LEARNING_RATE, WARM_UP_STEPS, losses, plan, rate
@@ -99,42 +99,60 @@ def test_an_answer_is_nearly_certain_and_a_negative_as_probable_as_the_teacher_f
     assert max(unlabelled("q", ["a", "b"], np.array([1.0, 3.0])).probabilities) == pytest.approx(0.7)
 
 
-def test_the_comparing_layer_takes_the_scalar_product_of_its_two_halves_and_the_square_of_the_first() -> None:
-    half = 192
-    layer = SimpleNamespace(intermediate=SimpleNamespace(dense=torch.nn.Linear(384, 1536)), output=SimpleNamespace(dense=torch.nn.Linear(1536, 384)))
-    for linear in (layer.intermediate.dense, layer.output.dense):
-        torch.nn.init.zeros_(linear.weight)
-        torch.nn.init.zeros_(linear.bias)
-    multiply(layer, half)
-    states = torch.randn(200, 384, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found = layer.output.dense(torch.nn.functional.gelu(layer.intermediate.dense(states)))
-    first, second = states[:, :COMPONENTS], states[:, half : half + COMPONENTS]
-    for place, wanted in ((PLACES.product, (first * second).sum(1)), (PLACES.square, first.square().sum(1))):
-        assert float(torch.corrcoef(torch.stack([found[:, place], wanted]))[0, 1]) > 0.98
-    assert found[:, :COMPONENTS].abs().max() == 0
-
-
 def test_the_gate_is_open_within_a_text_and_shut_between_two_however_small_their_marks_are() -> None:
-    marks = Marks(plus=0, minus=1, one=2, matched=3, rarity=4)
+    marks = Marks(plus=0, minus=1, one=2)
     query = torch.tensor([[MARK, -MARK, MARK, 0, 0], [MARK, -MARK, MARK, 0, 0]]) * torch.tensor([[1.0], [0.3]]) + 0.1
     document = query * 1.0
     document[:, [0, 1]] = query[:, [1, 0]]
     tokens = torch.cat([query, document])
-    for other in (False, True):
-        rows, columns = torch.zeros(2, 5), torch.zeros(2, 5)
-        gate(rows, columns, marks, 24.0, other=other)
-        found = (tokens @ rows.T) @ (tokens @ columns.T).T / HEAD_WIDTH**0.5
-        across = torch.tensor([[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2) == (0 if other else 1)
-        assert found[~across].abs().max() < 1e-5
-        assert found[across].tolist() == pytest.approx([-24.0, -7.2, -7.2, -2.16] * 2, abs=1e-4)
+    rows, columns = torch.zeros(2, 5), torch.zeros(2, 5)
+    gate(rows, columns, marks, 24.0)
+    found = (tokens @ rows.T) @ (tokens @ columns.T).T / HEAD_WIDTH**0.5
+    across = torch.tensor([[0, 0, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2) == 1
+    assert found[~across].abs().max() < 1e-5
+    assert found[across].tolist() == pytest.approx([-24.0, -7.2, -7.2, -2.16] * 2, abs=1e-4)
 
 
-def test_a_regression_finds_the_linear_function() -> None:
-    states = torch.randn(300, 8, generator=torch.Generator().manual_seed(2))
-    weight, bias = regress(states, states[:, 1] * 2 - states[:, 5] + 3)
-    assert weight.tolist() == pytest.approx([0, 2, 0, 0, 0, -1, 0, 0], abs=1e-2)
-    assert bias.item() == pytest.approx(3, abs=1e-2)
+def test_the_matching_layers_see_which_document_holds_the_query_s_tokens_however_long_it_is() -> None:
+    config = BertConfig(hidden_size=384, num_attention_heads=12, num_hidden_layers=1, intermediate_size=64, vocab_size=5)
+    model = BertForSequenceClassification(config).eval()
+    random_numbers, marks = torch.Generator().manual_seed(1), Marks(plus=0, minus=1, one=2)
+
+    def text(states: torch.Tensor, sign: float) -> torch.Tensor:
+        marked = torch.nn.functional.layer_norm(states, [384])
+        marked[:, :3] = torch.tensor([sign * MARK, -sign * MARK, MARK])
+        return marked
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randn(count, 384, generator=random_numbers)
+
+    def coordinate(query: torch.Tensor, document: torch.Tensor) -> float:
+        states = torch.cat([text(query, 1.0), text(document, -1.0)])[None]
+        with torch.no_grad():
+            for layer in model.bert.encoder.layer[1:]:
+                states = layer(states)
+        return float(states[0, 0, marks.one])
+
+    add_layers(model, torch.cat([text(tokens(300), 1.0), text(tokens(300), -1.0)]), marks)
+    query = tokens(8)
+    holding, half = torch.cat([tokens(40), query + 0.3 * tokens(8)]), torch.cat([tokens(44), query[:4]])
+    ordered = [coordinate(query, document) for document in (holding, half, tokens(48))]
+    assert ordered == sorted(ordered)
+    assert ordered[2] - ordered[0] > 10 * abs(coordinate(query, tokens(150)) - ordered[2])
+
+
+def test_renewed_marks_have_their_size_again_and_nothing_else_changes() -> None:
+    layer = SimpleNamespace(intermediate=SimpleNamespace(dense=torch.nn.Linear(5, 16)), output=SimpleNamespace(dense=torch.nn.Linear(16, 5)))
+    for linear in (layer.intermediate.dense, layer.output.dense):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    marks = Marks(plus=0, minus=1, one=2)
+    renew(layer, list(marks), marks, MARK, range(16))
+    states = torch.tensor([[0.6, -0.5, 0.4, 3.0, -1.0], [-0.9, 1.1, 0.7, 0.2, 5.0]])
+    with torch.no_grad():
+        after = states + layer.output.dense(torch.nn.functional.gelu(layer.intermediate.dense(states)))
+    assert after[:, :3].flatten().tolist() == pytest.approx([MARK, -MARK, MARK, -MARK, MARK, MARK], abs=1e-3)
+    assert after[:, 3:].equal(states[:, 3:])
 
 
 def test_a_pair_is_cut_at_its_end_or_to_the_window_that_shares_most_with_the_query(tmp_path: Path) -> None:
