@@ -28,7 +28,7 @@ BUCKET_STEPS = 32  # groups of like length share a step within a bucket of so ma
 STEPS_TOGETHER = 2  # steps of a plan that make one of the optimizer: two lengths, and more often than not two kinds of groups
 LEARNING_RATE, WARM_UP_STEPS = 1e-4, 50
 POINTWISE_WEIGHT = 0.3
-STEPS, PRINT_STEPS = 2000, 25
+STEPS, PRINT_STEPS = 1900, 25
 
 SHORT_LENGTH = 96  # of every second group of passages, the part that shares most with the query: more groups in the same time
 
