@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ from reranker_worker.models.artefacts import (
 from reranker_worker.models.errors import CANNOT_CREATE, MISSING, UNSAFE, shown
 from reranker_worker.models.known_pairs import ANY_PAIRS, KNOWN_PAIRS_FILE, KnownPair, read_known_pairs, write_known_pairs
 from reranker_worker.models.manifest import MANIFEST_NAME, verify_manifest, write_manifest
-from reranker_worker.prewarm.parity import Parity, compare, score_questions
+from reranker_worker.prewarm.parity import compare, score_questions
 from reranker_worker.prewarm.sample import for_calibration, for_comparison
 
 if TYPE_CHECKING:
@@ -142,16 +143,26 @@ def _make(config: Config, target: Path, progress: Callable[[str, int, int], None
 
 def _write(config: Config, source: ResolvedModel, place: Path, progress: Callable[[str, int, int], None]) -> Artefact:
     """Everything but the manifest; where int8 changes the ranking, once more with the sensitive layers left out."""
-    if _wanted(config)[1] == "int8":
-        try:
-            return _write_once(config, source, place, progress, careful=False)
-        except _ParityError:
-            shutil.rmtree(place)  # rather than written over: what was opened is mapped into memory
-            place.mkdir()
-    return _write_once(config, source, place, progress, careful=True)
+    expected = functools.cache(lambda: _reference(config, source, progress))  # the same for both, and dear
+    try:
+        return _write_once(config, source, place, progress, expected, careful=False)
+    except _ParityError:
+        if _wanted(config)[1] != "int8":
+            raise
+    shutil.rmtree(place)  # rather than written over: what was opened is mapped into memory
+    place.mkdir()
+    return _write_once(config, source, place, progress, expected, careful=True)
 
 
-def _write_once(config: Config, source: ResolvedModel, place: Path, progress: Callable[[str, int, int], None], *, careful: bool) -> Artefact:
+def _write_once(
+    config: Config,
+    source: ResolvedModel,
+    place: Path,
+    progress: Callable[[str, int, int], None],
+    expected: Callable[[], list[list[float]]],
+    *,
+    careful: bool,
+) -> Artefact:
     backend, dtype = _wanted(config)
     progress("exporting the model", 0, 0)
     try:
@@ -165,7 +176,8 @@ def _write_once(config: Config, source: ResolvedModel, place: Path, progress: Ca
     draft = Artefact(backend, dtype, origin, positions, {}, 0.0, {}, path=place)
     settings = replace(config, backend=backend, dtype=dtype, device="cpu", scores="logit")
     opened = choose_backend(settings, ResolvedModel(config.model, place, source.revision, "artefact", draft), _threads(config), lambda text: None)
-    parity, speed = _compare(opened, settings, source, progress)
+    logits, speed = _score(opened, settings, progress)
+    parity = compare(for_comparison(), logits, expected())
     problem = parity.problem(exact=dtype == "float32")
     if problem is not None:
         raise _ParityError(f"{backend} {dtype} does not give the ranking of {shown(config.model)}: {problem}. Use another dtype.", _PARITY)
@@ -203,18 +215,22 @@ def _export(source: ResolvedModel, backend: str, dtype: str, place: Path, *, car
     return len(encoder.position)
 
 
-def _compare(opened: Backend, config: Config, source: ResolvedModel, progress: Callable[[str, int, int], None]) -> tuple[Parity, float]:
-    """Score the sample with both; (the parity, pairs per second of the artefact)."""
+def _score(opened: Backend, config: Config, progress: Callable[[str, int, int], None]) -> tuple[list[list[float]], float]:
+    """(what the artefact makes of the sample, pairs per second)."""
     questions = for_comparison()
     score_questions(opened, config, questions[:1], lambda done, total: None)  # the first pass warms up
-    logits, speed = score_questions(opened, config, questions, lambda done, total: progress("scoring the sample", done, total))
+    return score_questions(opened, config, questions, lambda done, total: progress("scoring the sample", done, total))
+
+
+def _reference(config: Config, source: ResolvedModel, progress: Callable[[str, int, int], None]) -> list[list[float]]:
+    """What the model itself makes of the sample."""
     progress("loading the reference", 0, 0)
     from reranker_worker.backends.torch import TorchBackend
 
-    exact = replace(config, backend="torch", dtype="float32")
+    exact = replace(config, backend="torch", dtype="float32", device="cpu", scores="logit")
     reference = TorchBackend(exact, source, _threads(config))
-    expected, _ = score_questions(reference, exact, questions, lambda done, total: progress("scoring the reference", done, total))
-    return compare(questions, logits, expected), speed
+    logits, _ = score_questions(reference, exact, for_comparison(), lambda done, total: progress("scoring the reference", done, total))
+    return logits
 
 
 def _write_known_pairs(backend: Backend, source: ResolvedModel, place: Path) -> None:
