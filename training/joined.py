@@ -1,4 +1,4 @@
-"""The bi-encoder folded into a cross-encoder by hand-set weights: the student's beginning (`training.beginning`), before any training.
+"""Step 3: the bi-encoder folded into the layers that read a pair, by hand-set weights and before any training (`python -m training.joined`).
 
 A cross-encoder that begins as a plain language model has to learn from pairs what the bi-encoder knows already, and to count shared words, which is
 what BM25 knows. Here its weights are set so that neither has to be learnt:
@@ -16,7 +16,9 @@ what BM25 knows. Here its weights are set so that neither has to be learnt:
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,11 +26,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from training.backbone import backbone_directory
+from training.run import MARKS_FILE
+from training.sets import SEED
 from training.student import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 MARK = 2.0  # its size, in deviations of a usual token
 GATE = 24.0  # what a token of the other text is worth less, as logarithm of the attention, between usual tokens
@@ -61,7 +64,6 @@ class Seen:
         self.middles: list[list[Tensor]] = [[] for _ in layers]  # what its feed-forward part reads
         self.units: list[Tensor] = [torch.zeros(model.config.intermediate_size) for _ in layers]
         self.before: dict[Any, list[Tensor]] = {}  # what a normalization reads
-        self.pooled: list[Tensor] = []
         self._read(work, seed)
 
     def _read(self, work: Path, seed: int) -> None:
@@ -73,7 +75,7 @@ class Seen:
             for text in np.random.default_rng(seed).choice(len(ends) - 1, _SAMPLE_TEXTS, replace=False):
                 part = tokens[ends[text] : ends[text + 1]][:_SAMPLE_TOKENS].tolist()
                 ids = torch.tensor([[vocabulary["[CLS]"], *part, vocabulary["[SEP]"]]])
-                self.pooled.append(self.model.bert(input_ids=ids).last_hidden_state[0].mean(0))
+                self.model.bert(input_ids=ids)
         for hook in hooks:
             hook.remove()
 
@@ -264,3 +266,17 @@ def renew(layer: Any, places: Sequence[int], marks: Marks, size: float, spare: S
     outer.weight.data[marks.plus, [up, down]] = torch.tensor([step, -step])
     outer.weight.data[marks.minus, [up, down]] = torch.tensor([-step, step])
     outer.bias.data[places] = torch.tensor([-size, size, size][: len(places)])
+
+
+def main() -> None:
+    """Parse the command line and write WORK/joined."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="directory that training.build has filled")
+    options = parser.parse_args()
+    model, marks = joined_encoder(options.work, SEED)
+    model.save_pretrained(options.work / "joined")
+    (options.work / MARKS_FILE).write_text(json.dumps(marks), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,14 +28,22 @@ from training.student import Tokens, build_student, compare, pairs_of, read
 from training.train import losses, read_groups
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
-SHARPNESS = 20.0  # of the attention: the product of a usual token with itself, as logarithm
-SHARED_COMPONENTS, COMPONENTS = 20, 90  # in every head; those that the rest of each head is a mixture of
+    from training.student import Read
+
+SHARPNESS = 15.0  # of the attention: the product of a usual token with itself, as logarithm
+SHARED_COMPONENTS, COMPONENTS = 10, 150  # in every head; those that the rest of each head is a mixture of
+SHARE = 0.3  # of the document's tokens that is added to one of the query's: their own length, which says nothing, counts by its square
 _GROUPS = 200  # whose tokens the components come from, and whose texts the head is fitted to
 _FIT_STEPS, _FIT_RATE = 500, 0.05
 _SMALL = 0.02  # deviation of weights that are not needed yet
-_LOUD = 8.0  # how much larger the constant coordinate is made for the average
+_CONSTANT = 8.0  # is added to the coordinate that is divided: what the layers that read left there is not quite constant
+_SPREAD = 0.7  # deviation of how well tokens are found, after the seventh layer
+_LOUD = 4.0  # how much larger it is made for the average
+_QUIET = 0.2  # and how much smaller all else: it changes the length that the sum is divided by
 _PEAK = 0.5  # of the pooler's unit that reads it: far from where tanh is flat
 
 Tensor = torch.Tensor
@@ -58,20 +66,20 @@ def add_layers(model: Any, states: Tensor, marks: Marks) -> None:
             linear.weight.data[part], linear.bias.data[part] = projection, -center
         _attend_to(own, head, marks, text=1, dimension=HEAD_WIDTH - 1)
     own.value.weight.data = torch.diag(known)
-    match.attention.output.dense.weight.data = torch.eye(config.hidden_size)
+    match.attention.output.dense.weight.data = SHARE * torch.eye(config.hidden_size)
+    match.attention.output.dense.bias.data[marks.one] = _CONSTANT
     renew(match, [marks.plus, marks.minus], marks, MARK, range(match.output.dense.in_features))
     for head in range(config.num_attention_heads):
         text = 0 if head == marks.one // HEAD_WIDTH else head % 2
         _attend_to(average.attention.self, head, marks, text, dimension=0)
-    for linear in (average.attention.self.value, average.attention.output.dense):
-        linear.weight.data = torch.eye(config.hidden_size)
+    average.attention.self.value.weight.data = torch.eye(config.hidden_size)
+    average.attention.output.dense.weight.data = _QUIET * torch.eye(config.hidden_size)
     average.attention.output.dense.weight.data[marks.one, marks.one] = _LOUD
     model.bert.pooler.dense.weight.data.normal_(0.0, _SMALL)
     model.bert.pooler.dense.bias.data.zero_()
     model.classifier.weight.data.zero_()
     model.classifier.bias.data.zero_()
     model.bert.pooler.dense.weight.data[0] = 0.0
-    model.bert.pooler.dense.weight.data[0, marks.one] = _PEAK
 
 
 def _neutral_layer(like: nn.Module, deviation: float) -> Any:
@@ -129,35 +137,47 @@ class Sample:
         return torch.cat(rows).float()
 
     @torch.no_grad()
-    def found(self, model: Any, place: int) -> Tensor:
-        """(pairs,): one coordinate of the last state of [CLS]."""
-        order = [index for part in self.parts for index in part.indices]
-        last = []
+    def last(self, model: Any) -> Iterator[tuple[Read, Tensor]]:
+        """Each part, and its last states."""
         for part in self.parts:
-            bias = None if part.bias is None else part.bias.to(model.dtype)
-            last.append(compare(model, part.states.to(model.dtype), bias)[:, 0, place])
-        return torch.cat(last).float()[torch.from_numpy(np.argsort(order))]
+            yield part, compare(model, part)[-1]
+
+
+def center(model: Any, sample: Sample, marks: Marks) -> None:
+    """Center what counts wherever it is written, so that bfloat16's three digits are enough for it."""
+    match, average = (layer.attention.output for layer in model.bert.encoder.layer[-2:])
+    seen, summed = list[Tensor](), list[Tensor]()
+    hooks = [
+        match.LayerNorm.register_forward_hook(lambda _, __, made: seen.append(made[..., marks.one])),
+        average.LayerNorm.register_forward_hook(lambda _, given, __: summed.append(given[0][:, 0, marks.one])),
+    ]
+    found = torch.cat([seen.pop()[part.queries] for part, _ in sample.last(model)])
+    gain = _SPREAD / float(found.std())
+    match.LayerNorm.weight.data[marks.one], match.LayerNorm.bias.data[marks.one] = gain, -gain * found.mean()
+    summed.clear()
+    for _ in sample.last(model):
+        pass
+    average.dense.bias.data[marks.one] = -torch.cat(summed).mean()
+    for hook in hooks:
+        hook.remove()
 
 
 def fit_head(model: Any, sample: Sample, marks: Marks) -> None:
-    """Center what the last normalizations and the pooler's first unit read, and fit the classifier's weight and bias to the groups."""
-    output, summed = model.bert.encoder.layer[-1].attention.output, list[Tensor]()
-    hook = output.LayerNorm.register_forward_hook(lambda _, given, __: summed.append(given[0][:, 0, marks.one].float()))
-    sample.found(model, marks.one)
-    hook.remove()
-    output.dense.bias.data[marks.one] = -torch.cat(summed).mean()
-    seen = sample.found(copy.deepcopy(model).to(torch.bfloat16), marks.one)
-    center, spread = float(seen.mean()), float(seen.std())
+    """Fit pooler and classifier to the groups."""
+    narrow = copy.deepcopy(model).to(torch.bfloat16)
+    order = [index for part in sample.parts for index in part.indices]
+    seen = torch.cat([last[:, 0, marks.one] for _, last in sample.last(narrow)]).float()[torch.from_numpy(np.argsort(order))]
+    middle, spread = float(seen.mean()), float(seen.std())
     weight, bias = torch.nn.Parameter(torch.tensor(-1.0)), torch.nn.Parameter(torch.tensor(-2.0))
     optimizer = torch.optim.Adam([weight, bias], lr=_FIT_RATE)
     for _ in range(_FIT_STEPS):
-        listwise, pointwise = losses(sample.groups, weight * torch.tanh(_PEAK * (seen - center) / spread) + bias)
+        listwise, pointwise = losses(sample.groups, weight * torch.tanh(_PEAK * (seen - middle) / spread) + bias)
         optimizer.zero_grad()
         (listwise + pointwise).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     pooler = model.bert.pooler.dense
     pooler.weight.data[0, marks.one] = _PEAK / spread
-    pooler.bias.data[0] = -_PEAK * center / spread
+    pooler.bias.data[0] = -_PEAK * middle / spread
     model.classifier.weight.data[0, 0], model.classifier.bias.data[0] = weight.data, bias.data
     print(f"head fitted: weight {weight.item():.2f}, bias {bias.item():.2f}, listwise loss {listwise.item():.3f}", flush=True)
 
@@ -172,6 +192,7 @@ def main() -> None:
     marks = Marks(*json.loads((options.work / MARKS_FILE).read_text(encoding="utf-8")))
     sample = Sample(copy.deepcopy(model).to(torch.bfloat16), options.work, _GROUPS)
     add_layers(model, sample.states(), marks)
+    center(model, sample, marks)
     fit_head(model, sample, marks)
     model.save_pretrained(options.work / "start")
 

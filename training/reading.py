@@ -91,7 +91,7 @@ def teach(work: Path, out: Path, steps: int) -> Any:
     """Train the layers that read, from the last checkpoint to the last step; the model."""
     tokens, groups, bi_encoder = Tokens(work), read_groups(work), BiEncoderStates(work)
     schedule = plan(groups, tokens, SEED + 1)[:steps]
-    run, begin, sums = Run(work, "joined", out, 1.0, 0.0), time.monotonic(), torch.zeros(2)
+    run, begin, sums = Run(work, "joined", out, reads=True), time.monotonic(), torch.zeros(2)
     first = run.step
     while run.step < len(schedule):
         pairs = [pair for index in schedule[run.step] for pair in pairs_of(groups[index], tokens)]

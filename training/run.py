@@ -14,35 +14,28 @@ from training.student import READING_LAYERS, build_student, is_stored_as_float8,
 if TYPE_CHECKING:
     from pathlib import Path
 
-MARKS_FILE = "marks.json"  # the coordinates that `training.beginning` set apart
+MARKS_FILE = "marks.json"  # the coordinates that `training.joined` set apart
 SAVE_STEPS, KEEP_STEPS = 100, 400
 
 
 class Run:
     """What writes the marks of `training.joined` stays as it is: a step of the optimizer there, small as it is, opens the gates between the texts."""
 
-    def __init__(self, work: Path, name: str, out: Path, reading: float, comparing: float) -> None:
-        """From the model of that name; `reading` and `comparing` are the shares of the learning rate that the first six layers get, and
-        what comes after them."""
+    def __init__(self, work: Path, name: str, out: Path, *, reads: bool) -> None:
+        """From the model of that name; either the layers that read learn, or what comes after them."""
         torch.manual_seed(SEED)
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.step = out, 0
         self.master = build_student(work, name)  # float32: small updates would be lost in bf16
         self.model = build_student(work, name).to(torch.bfloat16)
-        if not reading:
+        if not reads:
             for model in (self.master, self.model):
                 for part in (model.bert.embeddings, model.bert.encoder.layer[:READING_LAYERS]):
                     part.requires_grad_(False)
         self._masters = [one for one in self.master.parameters() if one.requires_grad]
         self._copies = [one for one in self.model.parameters() if one.requires_grad]
         self._coarse = {id(one) for name, one in self.model.named_parameters() if is_stored_as_float8(name)}
-        reads = {id(one) for one in self.master.bert.embeddings.parameters()}
-        reads |= {id(one) for layer in self.master.bert.encoder.layer[: READING_LAYERS] for one in layer.parameters()}
-        sets = [
-            {"params": [one for one in self._masters if id(one) in reads], "share": reading},
-            {"params": [one for one in self._masters if id(one) not in reads], "share": comparing},
-        ]
-        self.optimizer = torch.optim.AdamW(sets, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self._masters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
         self._free = self._free_weights(json.loads((work / MARKS_FILE).read_text(encoding="utf-8")))
         if (out / "last.pt").exists():
             kept = torch.load(out / "last.pt")
@@ -60,7 +53,7 @@ class Run:
                 master.grad *= self._free[id(master)]
         torch.nn.utils.clip_grad_norm_([one for one in self._masters if one.grad is not None], 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["share"]
+            group["lr"] = learning_rate
         self.optimizer.step()
         self._copy()
         self.step += 1
@@ -91,7 +84,7 @@ class Run:
         norms = [embeddings.LayerNorm]
         for table in (embeddings.token_type_embeddings, embeddings.position_embeddings):
             hold(table.weight, slice(None), marks)
-        for layer in self.master.bert.encoder.layer[: READING_LAYERS]:
+        for layer in self.master.bert.encoder.layer[:READING_LAYERS]:
             norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
             units = layer.output.dense.weight[marks].any(0).nonzero().flatten()
             for linear in (layer.attention.output.dense, layer.output.dense):

@@ -26,6 +26,8 @@ class Read(NamedTuple):
     indices: list[int]
     states: torch.Tensor  # (n, L, width)
     bias: torch.Tensor | None  # (n, 1, 1, L), added to the logarithms of the attention
+    queries: torch.Tensor  # (n, L) bool: the query's tokens
+    documents: torch.Tensor  # (n, L) bool: the document's
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -53,8 +55,8 @@ def _attention(
 
 
 def build_student(work: Path, name: str = "start") -> Any:
-    """What `training.beginning` made ("start") or `training.reading` ("read"), float32, no dropout; word embeddings are rounded to what will be
-    stored, and frozen."""
+    """What `training.joined` ("joined"), `training.reading` ("read") or `training.matching` ("start") made, float32, no dropout; word embeddings are
+    rounded to what will be stored, and frozen."""
     AttentionInterface.register("plain", _attention)
     model = AutoModelForSequenceClassification.from_pretrained(
         str(work / name),
@@ -120,8 +122,8 @@ def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tenso
     order, parts = [], []
     for part in read(model, pairs):
         order += part.indices
-        parts.append(model.classifier(model.bert.pooler(compare(model, part.states, part.bias))).squeeze(-1))
-    return torch.cat(parts).float()[torch.from_numpy(np.argsort(order))]
+        parts.append(head(model, compare(model, part)[-1]))
+    return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
 
 
 def read(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Iterator[Read]:
@@ -133,11 +135,20 @@ def read(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Iterator[Read]:
         yield done
 
 
-def compare(model: Any, states: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(n, L, width): the last states, by the layers that follow those that read."""
+def compare(model: Any, part: Read) -> list[torch.Tensor]:
+    """(n, L, width) for each of the layers that follow those that read: its states."""
+    states, bias = part.states.to(model.dtype), None if part.bias is None else part.bias.to(model.dtype)
+    made = []
     for layer in model.bert.encoder.layer[READING_LAYERS:]:
         states = _through(layer, states, bias)
-    return states
+        made.append(states)
+    return made
+
+
+def head(model: Any, last: torch.Tensor) -> torch.Tensor:
+    """(n,) float32: the logits of the last states."""
+    logits: torch.Tensor = model.classifier(model.bert.pooler(last)).squeeze(-1).float()
+    return logits
 
 
 def _through(layer: Any, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -159,4 +170,6 @@ def _read(pairs: Sequence[tuple[list[int], int]], indices: list[int], model: Any
     hidden = model.bert.embeddings(input_ids=torch.from_numpy(ids), token_type_ids=torch.from_numpy(types))
     for layer in model.bert.encoder.layer[:READING_LAYERS]:
         hidden = _through(layer, hidden, bias)
-    return Read(indices, hidden, bias)
+    length = torch.tensor([len(tokens) for tokens, _ in pairs])[:, None]
+    second, place = torch.tensor([second for _, second in pairs])[:, None], torch.arange(longest)
+    return Read(indices, hidden, bias, place < second, (place >= second) & (place < length))

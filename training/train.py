@@ -1,5 +1,7 @@
-"""Step 6: train the layers that compare to rank every group as the teacher does (`python -m training.train`); started again, it resumes.
+"""Step 6: train the layers that compare (`python -m training.train`); started again, it resumes.
 
+They learn to rank every group as exact late interaction of the tokens they are given does (`training.target`), mixed with the teacher's stored
+logits, which know the labels; and, token by token, what each token of the query is worth in each document: hundreds of targets a step instead of 64.
 The layers that read stay as they are: trained on groups they soon read worse what the groups do not hold (measured: README), and without them a step
 takes half the time.
 """
@@ -11,14 +13,17 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
 
-from training.run import Run
+from training import target
+from training.joined import Marks
+from training.run import MARKS_FILE, Run
 from training.sets import SEED
-from training.student import Tokens, logits_of, pairs_of
+from training.student import MOST_QUERY_TOKENS, Tokens, compare, head, pairs_of, read
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +32,9 @@ GROUPS_PER_STEP = 4
 BUCKET_STEPS = 32  # groups of like length share a step within a bucket of so many steps
 STEPS_TOGETHER = 2  # steps of a plan that make one of the optimizer: two lengths, and more often than not two kinds of groups
 LEARNING_RATE, WARM_UP_STEPS = 1e-4, 50
-POINTWISE_WEIGHT = 0.3
+WEIGHTS = 1.0, 0.1, 1.0  # of the losses: listwise, pointwise, tokens
+TEACHER_SHARE, SCALE = 0.3, 20.0  # of the stored logits; what makes logits of the rest
+QUERY_WIDTH = MOST_QUERY_TOKENS + 2
 STEPS, PRINT_STEPS = 1900, 25
 
 SHORT_LENGTH = 96  # of every second group of passages, the part that shares most with the query: more groups in the same time
@@ -87,25 +94,65 @@ def losses(groups: Sequence[Group], logits: torch.Tensor) -> tuple[torch.Tensor,
     return torch.stack(listwise).mean(), binary_cross_entropy_with_logits(logits, wanted)
 
 
+class Seen(NamedTuple):
+    """What one step needs of n pairs, in their order; T is MOST_QUERY_TOKENS and those around them."""
+
+    logits: torch.Tensor  # (n,)
+    wanted: torch.Tensor  # (n, T): `training.target.found`, 0 behind the query's end
+    found: torch.Tensor  # (n, T): the coordinate that is to say so
+
+
+def see(model: Any, pairs: Sequence[tuple[list[int], int]], marks: Marks) -> Seen:
+    """The pairs, through the model, and what the layers that compare are to make of them."""
+    order, parts = [], []
+    for part in read(model, pairs):
+        match, last = compare(model, part)
+        width = min(part.queries.shape[1], QUERY_WIDTH)
+        tokens = torch.stack([target.found(part, marks), match[..., marks.one].float() * part.queries], -1)[:, :width]
+        order += part.indices
+        parts.append((head(model, last), torch.nn.functional.pad(tokens, (0, 0, 0, QUERY_WIDTH - width))))
+    logits, tokens = (torch.cat(columns)[torch.from_numpy(np.argsort(order))] for columns in zip(*parts, strict=True))
+    return Seen(logits, tokens[..., 0], tokens[..., 1])
+
+
+def token_loss(groups: Sequence[Group], seen: Seen) -> torch.Tensor:
+    """1 + the correlation, between the texts of a group, of what each token of the query is worth and the coordinate that falls with it."""
+    sizes = [len(group["texts"]) for group in groups]
+    wanted, found = (torch.cat([part - part.mean(0) for part in torch.split(all_of, sizes)]) for all_of in (seen.wanted, seen.found))
+    return 1 + (wanted * found).sum() / (wanted.norm() * found.norm())
+
+
+def with_target(groups: Sequence[Group], seen: Seen) -> list[Group]:
+    """The groups, the teacher's logits mixed with what their tokens say."""
+    exact = SCALE * seen.wanted.sum(1) / (seen.wanted != 0).sum(1)
+    parts = torch.split(exact, [len(group["texts"]) for group in groups])
+    return [
+        {**group, "logits": (TEACHER_SHARE * torch.tensor(group["logits"]) + (1 - TEACHER_SHARE) * part).tolist()}
+        for group, part in zip(groups, parts, strict=True)
+    ]
+
+
 def train(work: Path, out: Path, steps: int) -> None:
     """Train from the last checkpoint to the last step."""
     tokens = Tokens(work)
     groups = read_groups(work)
+    marks = Marks(*json.loads((work / MARKS_FILE).read_text(encoding="utf-8")))
     planned = plan(groups, tokens, SEED)
     schedule = [sum(planned[at : at + STEPS_TOGETHER], []) for at in range(0, len(planned), STEPS_TOGETHER)][:steps]  # noqa: RUF017 # two short lists
-    run, begin, pairs, sums = Run(work, "start", out, 0.0, 1.0), time.monotonic(), 0, [0.0, 0.0]
+    run, begin, pairs, sums = Run(work, "start", out, reads=False), time.monotonic(), 0, torch.zeros(3)
     print(f"{len(groups)} groups, {len(schedule)} steps, beginning at {run.step}", flush=True)
     while run.step < len(schedule):
         chosen = [groups[index] for index in schedule[run.step]]
         texts = [pair for group in chosen for pair in pairs_of(group, tokens)]
-        listwise, pointwise = losses(chosen, logits_of(run.model, texts))
-        run.update(listwise + POINTWISE_WEIGHT * pointwise, rate(run.step, len(schedule) // 3, len(schedule)))
-        pairs, sums = pairs + len(texts), [sums[0] + listwise.item(), sums[1] + pointwise.item()]
+        seen = see(run.model, texts, marks)
+        parts = torch.stack([*losses(with_target(chosen, seen), seen.logits), token_loss(chosen, seen)])
+        run.update((parts * torch.tensor(WEIGHTS)).sum(), rate(run.step, len(schedule) // 3, len(schedule)))
+        pairs, sums = pairs + len(texts), sums + parts.detach()
         if run.step % PRINT_STEPS == 0:
-            speed = pairs / (time.monotonic() - begin)
-            means = f"listwise {sums[0] / PRINT_STEPS:.4f}, pointwise {sums[1] / PRINT_STEPS:.4f}"
-            print(f"{time.strftime('%H:%M:%S')} {run.step}/{len(schedule)}: {means}, {speed:.0f} pairs/s", flush=True)
-            sums = [0.0, 0.0]
+            speed, means = pairs / (time.monotonic() - begin), (sums / PRINT_STEPS).tolist()
+            shown = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(("listwise", "pointwise", "tokens"), means, strict=True))
+            print(f"{time.strftime('%H:%M:%S')} {run.step}/{len(schedule)}: {shown}, {speed:.0f} pairs/s", flush=True)
+            sums.zero_()
         run.save(last=run.step == len(schedule))
 
 
