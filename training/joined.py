@@ -19,16 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from training.backbone import backbone_directory
-from training.run import MARKS_FILE
 from training.sets import SEED
-from training.student import rounded
+from training.student import MARKS_FILE, Marks, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,14 +43,6 @@ _IGNORED = 0.05  # a coordinate that the last normalization multiplies by less s
 _MARK_UNITS = 8  # of each feed-forward layer
 
 Tensor = torch.Tensor
-
-
-class Marks(NamedTuple):
-    """Coordinates of the hidden state with a meaning of their own."""
-
-    plus: int
-    minus: int
-    one: int
 
 
 class Seen:

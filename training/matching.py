@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from training.joined import GATE, HEAD_WIDTH, MARK, Marks, renew
-from training.run import MARKS_FILE
+from training.joined import GATE, HEAD_WIDTH, MARK, renew
 from training.sets import SEED
-from training.student import Tokens, build_student, compare, pairs_of, read
+from training.student import Marks, Tokens, build_student, compare, in_order, pairs_of, read, read_marks
 from training.train import losses, read_groups
 
 if TYPE_CHECKING:
@@ -166,7 +164,7 @@ def fit_head(model: Any, sample: Sample, marks: Marks) -> None:
     """Fit pooler and classifier to the groups."""
     narrow = copy.deepcopy(model).to(torch.bfloat16)
     order = [index for part in sample.parts for index in part.indices]
-    seen = torch.cat([last[:, 0, marks.one] for _, last in sample.last(narrow)]).float()[torch.from_numpy(np.argsort(order))]
+    seen = in_order(order, torch.cat([last[:, 0, marks.one] for _, last in sample.last(narrow)]).float())
     middle, spread = float(seen.mean()), float(seen.std())
     weight, bias = torch.nn.Parameter(torch.tensor(-1.0)), torch.nn.Parameter(torch.tensor(-2.0))
     optimizer = torch.optim.Adam([weight, bias], lr=_FIT_RATE)
@@ -189,7 +187,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(SEED)
     model = build_student(options.work, "read")
-    marks = Marks(*json.loads((options.work / MARKS_FILE).read_text(encoding="utf-8")))
+    marks = read_marks(options.work)
     sample = Sample(copy.deepcopy(model).to(torch.bfloat16), options.work, _GROUPS)
     add_layers(model, sample.states(), marks)
     center(model, sample, marks)

@@ -18,9 +18,9 @@ from transformers import AutoModel
 
 from training.backbone import backbone_directory
 from training.joined import ignored_coordinates
-from training.run import MARKS_FILE, Run
+from training.run import Run
 from training.sets import SEED
-from training.student import Tokens, by_length, pairs_of, read
+from training.student import Tokens, by_length, pairs_of, read, read_marks
 from training.train import plan, rate, read_groups
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 LEARNING_RATE = 3e-5
 STEPS, PRINT_STEPS = 1200, 20
-
 
 
 class BiEncoderStates:
@@ -40,8 +39,7 @@ class BiEncoderStates:
         words = self._model.embeddings.word_embeddings
         words.weight.data = words.weight.data[rows]
         norm = self._model.encoder.layer[-1].output.LayerNorm
-        marks = json.loads((work / MARKS_FILE).read_text(encoding="utf-8"))
-        self.known = torch.tensor(sorted({*range(len(norm.weight))} - {*ignored_coordinates(norm), *marks}))
+        self.known = torch.tensor(sorted({*range(len(norm.weight))} - {*ignored_coordinates(norm), *read_marks(work)}))
         norm.weight.data.fill_(1.0)
         norm.bias.data.zero_()
         self._model.to(torch.bfloat16)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING
 
 import torch
 
 from training.sets import SEED
-from training.student import READING_LAYERS, build_student, is_stored_as_float8, rounded
+from training.student import READING_LAYERS, build_student, is_stored_as_float8, read_marks, rounded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-MARKS_FILE = "marks.json"  # the coordinates that `training.joined` set apart
 SAVE_STEPS, KEEP_STEPS = 100, 400
 
 
@@ -36,7 +34,7 @@ class Run:
         self._copies = [one for one in self.model.parameters() if one.requires_grad]
         self._coarse = {id(one) for name, one in self.model.named_parameters() if is_stored_as_float8(name)}
         self.optimizer = torch.optim.AdamW(self._masters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self._free = self._free_weights(json.loads((work / MARKS_FILE).read_text(encoding="utf-8")))
+        self._free = self._free_weights(list(read_marks(work)))
         if (out / "last.pt").exists():
             kept = torch.load(out / "last.pt")
             self.master.load_state_dict(kept["model"])

@@ -17,7 +17,16 @@ READING_LAYERS, LAYERS = 6, 8
 PASS_TOKENS = 4000  # of one forward pass: cache-sized on a CPU
 MOST_QUERY_TOKENS = 64
 WINDOW_STRIDE = 8
+MARKS_FILE = "marks.json"
 _MASKED = -10_000.0
+
+
+class Marks(NamedTuple):
+    """Coordinates of the hidden state with a meaning of their own."""
+
+    plus: int
+    minus: int
+    one: int
 
 
 class Read(NamedTuple):
@@ -28,6 +37,11 @@ class Read(NamedTuple):
     bias: torch.Tensor | None  # (n, 1, 1, L), added to the logarithms of the attention
     queries: torch.Tensor  # (n, L) bool: the query's tokens
     documents: torch.Tensor  # (n, L) bool: the document's
+
+
+def read_marks(work: Path) -> Marks:
+    """The coordinates that `training.joined` set apart."""
+    return Marks(*json.loads((work / MARKS_FILE).read_text(encoding="utf-8")))
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
@@ -123,7 +137,12 @@ def logits_of(model: Any, pairs: Sequence[tuple[list[int], int]]) -> torch.Tenso
     for part in read(model, pairs):
         order += part.indices
         parts.append(head(model, compare(model, part)[-1]))
-    return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
+    return in_order(order, torch.cat(parts))
+
+
+def in_order(indices: Sequence[int], rows: torch.Tensor) -> torch.Tensor:
+    """Rows that came in the order of `indices`, in that of the pairs."""
+    return rows[torch.from_numpy(np.argsort(indices))]
 
 
 def read(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Iterator[Read]:

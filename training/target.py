@@ -30,9 +30,12 @@ def unit_tokens(part: Read, ignored: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def found(part: Read, ignored: Sequence[int]) -> Tensor:
-    """(n, L): for every token of the query its best cosine in the document, and AVERAGES times its part of the averages' cosine; 0 elsewhere."""
+    """(n, T): for every token of the query (T: of the longest) its best cosine in the document, and AVERAGES times its part of the averages' cosine;
+    0 behind its end."""
     units = unit_tokens(part, ignored)
-    cosines = torch.bmm(units, units.transpose(1, 2)).masked_fill(~part.documents[:, None], -1.0)
+    asking = part.queries[:, : int(part.queries.sum(1).max())]
+    tokens = units[:, : asking.shape[1]]
+    cosines = torch.bmm(tokens, units.transpose(1, 2)).masked_fill(~part.documents[:, None], -1.0)
     queries, documents = ((units * chosen[..., None]).sum(1) / chosen.sum(1, keepdim=True) for chosen in (part.queries, part.documents))
-    share = torch.bmm(units, normalize(documents, dim=-1)[..., None])[..., 0] / queries.norm(dim=-1, keepdim=True)
-    return (cosines.amax(-1) + AVERAGES * share).masked_fill(~part.queries, 0.0)
+    share = torch.bmm(tokens, normalize(documents, dim=-1)[..., None])[..., 0] / queries.norm(dim=-1, keepdim=True)
+    return (cosines.amax(-1) + AVERAGES * share).masked_fill(~asking, 0.0)

@@ -15,15 +15,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
 
 from training import target
-from training.joined import Marks
-from training.run import MARKS_FILE, Run
+from training.run import Run
 from training.sets import SEED
-from training.student import MOST_QUERY_TOKENS, Tokens, compare, head, pairs_of, read
+from training.student import MOST_QUERY_TOKENS, Marks, Tokens, compare, head, in_order, pairs_of, read, read_marks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,11 +105,12 @@ def see(model: Any, pairs: Sequence[tuple[list[int], int]], marks: Marks) -> See
     order, parts = [], []
     for part in read(model, pairs):
         match, last = compare(model, part)
-        width = min(part.queries.shape[1], QUERY_WIDTH)
-        tokens = torch.stack([target.found(part, marks), match[..., marks.one].float() * part.queries], -1)[:, :width]
+        wanted = target.found(part, marks)
+        width = wanted.shape[1]
+        tokens = torch.stack([wanted, (match[..., marks.one].float() * part.queries)[:, :width]], -1)
         order += part.indices
         parts.append((head(model, last), torch.nn.functional.pad(tokens, (0, 0, 0, QUERY_WIDTH - width))))
-    logits, tokens = (torch.cat(columns)[torch.from_numpy(np.argsort(order))] for columns in zip(*parts, strict=True))
+    logits, tokens = (in_order(order, torch.cat(columns)) for columns in zip(*parts, strict=True))
     return Seen(logits, tokens[..., 0], tokens[..., 1])
 
 
@@ -136,7 +135,7 @@ def train(work: Path, out: Path, steps: int) -> None:
     """Train from the last checkpoint to the last step."""
     tokens = Tokens(work)
     groups = read_groups(work)
-    marks = Marks(*json.loads((work / MARKS_FILE).read_text(encoding="utf-8")))
+    marks = read_marks(work)
     planned = plan(groups, tokens, SEED)
     schedule = [sum(planned[at : at + STEPS_TOGETHER], []) for at in range(0, len(planned), STEPS_TOGETHER)][:steps]  # noqa: RUF017 # two short lists
     run, begin, pairs, sums = Run(work, "start", out, reads=False), time.monotonic(), 0, torch.zeros(3)
