@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from training import target
 from training.bm25 import BM25, words
 from training.check_leakage import Evaluation, offenders, table
 from training.groups import LABEL, labelled, unlabelled
 from training.joined import HEAD_WIDTH, MARK, Marks, gate, renew
 from training.matching import add_layers
-from training.student import Tokens
+from training.student import Read, Tokens
 from training.texts import sentences, vary
 from training.train import LEARNING_RATE, WARM_UP_STEPS, losses, plan, rate
 from training.vocabulary import prune
@@ -139,6 +140,21 @@ def test_the_matching_layers_see_which_document_holds_the_query_s_tokens_however
     ordered = [coordinate(query, document) for document in (holding, half, tokens(48))]
     assert ordered == sorted(ordered)
     assert ordered[2] - ordered[0] > 10 * abs(coordinate(query, tokens(150)) - ordered[2])
+
+
+def test_the_exact_target_is_maxsim_and_the_cosine_of_averages_whatever_stands_behind_the_end() -> None:
+    states = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3))
+    place, begins, ends = torch.arange(6), torch.tensor([[2], [3]]), torch.tensor([[6], [5]])
+    part = Read([0, 1], states, None, place < begins, (place >= begins) & (place < ends))
+    found = target.found(part, ignored=[4])
+    assert found.shape == (2, 3)
+    for row, (begin, end) in enumerate(((2, 6), (3, 5))):
+        units = torch.nn.functional.normalize(states[row, :, :4], dim=-1)
+        query, document = units[:begin], units[begin:end]
+        maxsim = (query @ document.T).amax(1).mean()
+        averages = torch.nn.functional.cosine_similarity(query.mean(0), document.mean(0), dim=0)
+        assert float(found[row].sum() / begin) == pytest.approx(float(maxsim + target.AVERAGES * averages), abs=1e-5)
+        assert not found[row, begin:].any()
 
 
 def test_renewed_marks_have_their_size_again_and_nothing_else_changes() -> None:
