@@ -336,3 +336,53 @@ def test_what_comes_after_the_load_was_given_up_is_refused_too() -> None:
     hall.die(-9)
     hall.rerank("a", id=1)
     assert codes(hall.lines()) == ["MODEL_LOAD_ERROR", "SHUTTING_DOWN"]
+
+
+def test_an_engine_that_pads_nothing_gets_its_second_batch_shortly_before_it_needs_it() -> None:
+    hall = Hall(start=False, max_batch_pairs=1)
+    hall.ready(packed=True, tokens_per_ms=0.1)  # a batch of one pair is expected to take tens of milliseconds
+    hall.rerank("a", "b", "c", id=1)
+    first = hall.engine().in_flight[1].expected_ms / 1e3
+    assert first > 0.03
+    assert hall.in_flight() == ["a"]
+    hall.wait(first - 0.013)
+    assert hall.in_flight() == ["a"]
+    hall.wait(0.002)
+    assert hall.in_flight() == ["a", "b"]
+    hall.score()
+    assert hall.in_flight() == ["b"]
+    hall.wait(hall.worker.next_wakeup() - hall.now)
+    assert hall.in_flight() == ["b", "c"]
+
+
+def test_a_request_that_comes_before_the_second_batch_is_sent_has_a_share_of_it() -> None:
+    hall = Hall(start=False)
+    hall.ready(packed=True, tokens_per_ms=0.1)
+    hall.rerank(*(f"large {number}" for number in range(20)), id=1)
+    hall.rerank("small", id=2)
+    assert "small" not in hall.in_flight()
+    hall.wait(1.0)
+    assert hall.in_flight()[-1] == "small"
+
+
+@pytest.mark.parametrize("info", [{"packed": True, "device": "cuda"}, {"packed": False}], ids=["on a GPU", "that pads"])
+def test_an_engine_that_needs_time_before_a_batch_has_two_at_once(info: dict[str, Any]) -> None:
+    hall = Hall(start=False, max_batch_pairs=1)
+    hall.ready(**info, tokens_per_ms=0.1)
+    hall.rerank("a", "b", "c")
+    assert hall.in_flight() == ["a", "b"]
+
+
+def test_the_worker_is_not_woken_over_and_over_for_a_batch_that_a_busy_engine_may_not_have() -> None:
+    hall = Hall(start=False, engines=2, max_batch_pairs=1)
+    for number in range(2):
+        hall.ready(number, packed=True, tokens_per_ms=0.1)
+    hall.lines()
+    hall.rerank("a", id=1)
+    hall.rerank("b", id=2)
+    hall.die(number=0)  # what it owed is tried alone, so not beside what the other one has in flight
+    hall.wait(0.1)
+    assert hall.in_flight(1) == ["b"]
+    assert hall.worker.next_wakeup() > hall.now
+    hall.score(1)
+    assert hall.in_flight(1) == ["a"]
