@@ -1,4 +1,4 @@
-"""Step 7: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
+"""Step 8: average checkpoints, calibrate, round and write the bundle (`python -m training.export`)."""
 
 from __future__ import annotations
 

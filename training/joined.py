@@ -1,4 +1,4 @@
-"""Step 3: the bi-encoder folded into the layers that read a pair, by hand-set weights and before any training (`python -m training.joined`).
+"""Step 4: the bi-encoder folded into the layers that read a pair, by hand-set weights and before any training (`python -m training.joined`).
 
 A cross-encoder that begins as a plain language model has to learn from pairs what the bi-encoder knows already, and to count shared words, which is
 what BM25 knows. Here its weights are set so that neither has to be learnt:
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from training.backbone import backbone_directory
 from training.sets import SEED
 from training.student import MARKS_FILE, Marks, rounded
 
@@ -110,12 +109,9 @@ def joined_encoder(work: Path, seed: int) -> tuple[Any, Marks]:
     """A BertForSequenceClassification of six layers, float32, that reads two texts apart; word embeddings and feed-forward weights are rounded to
     float8, as they will be stored."""
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(str(backbone_directory()), num_labels=1, dtype=torch.float32).eval()
-    rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
-    words = model.bert.embeddings.word_embeddings
-    words.weight.data = rounded(words.weight.data[rows])
-    words.weight.requires_grad_(False)
-    words.num_embeddings = model.config.vocab_size = len(rows)
+    model = AutoModelForSequenceClassification.from_pretrained(str(work / "tuned"), num_labels=1, dtype=torch.float32).eval()
+    words = model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    words.data = rounded(words.data)
     seen = Seen(model, work, seed)
     marks = Marks(*seen.least_coordinates(len(Marks._fields)))
     with torch.no_grad():

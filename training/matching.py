@@ -1,4 +1,4 @@
-"""Step 5: the two layers that compare (`python -m training.matching`), late interaction, as weights of a cross-encoder.
+"""Step 6: the two layers that compare (`python -m training.matching`), late interaction, as weights of a cross-encoder.
 
 The seventh layer lets every token of the query look for its equal in the document: each head's query and key are principal components of the
 tokens' states (the first ones in every head, of the later ones a mixture of its own), sharp enough that a token attends to few others. Its values are

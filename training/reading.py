@@ -1,4 +1,4 @@
-"""Step 4: teach the joined encoder to read a text wherever it stands as the bi-encoder reads it alone (`python -m training.reading`).
+"""Step 5: teach the joined encoder to read a text wherever it stands as the bi-encoder reads it alone (`python -m training.reading`).
 
 A document of a pair stands behind the query, at positions at which the bi-encoder never saw a text begin: that alone costs more of the ranking than
 all else that `training.joined` gives up. It is made good by regression: every token's state, in the pair, is to have the direction that the
@@ -8,7 +8,6 @@ bi-encoder gives it where its text stands alone. It resumes when started again.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModel
 
-from training.backbone import backbone_directory
 from training.joined import ignored_coordinates
 from training.run import Run
 from training.sets import SEED
-from training.student import Tokens, by_length, pairs_of, read, read_marks
+from training.student import Tokens, build_student, pairs_of, read, read_alone, read_marks
 from training.train import plan, rate, read_groups
 
 if TYPE_CHECKING:
@@ -34,10 +32,7 @@ class BiEncoderStates:
     """The bi-encoder, bf16, which reads each text alone, from the first position on."""
 
     def __init__(self, work: Path) -> None:
-        self._model = AutoModel.from_pretrained(str(backbone_directory())).eval()
-        rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
-        words = self._model.embeddings.word_embeddings
-        words.weight.data = words.weight.data[rows]
+        self._model = AutoModel.from_pretrained(str(work / "tuned")).eval()
         norm = self._model.encoder.layer[-1].output.LayerNorm
         self.known = torch.tensor(sorted({*range(len(norm.weight))} - {*ignored_coordinates(norm), *read_marks(work)}))
         norm.weight.data.fill_(1.0)
@@ -47,17 +42,7 @@ class BiEncoderStates:
     @torch.no_grad()
     def of(self, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """For each text (tokens, known coordinates), unit vectors."""
-        found = [torch.empty(0)] * len(texts)
-        for part in by_length([len(text) for text in texts]):
-            ids = torch.zeros(len(part), len(texts[part[-1]]), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(part):
-                ids[row, : len(texts[index])] = torch.tensor(texts[index])
-                mask[row, : len(texts[index])] = 1
-            states = self.directions(self._model(input_ids=ids, attention_mask=mask).last_hidden_state)
-            for row, index in enumerate(part):
-                found[index] = states[row, : len(texts[index])]
-        return found
+        return [self.directions(states) for states in read_alone(self._model, texts)]
 
     def directions(self, states: torch.Tensor) -> torch.Tensor:
         """(..., known coordinates): unit vectors without a mean."""
@@ -89,7 +74,7 @@ def teach(work: Path, out: Path, steps: int) -> Any:
     """Train the layers that read, from the last checkpoint to the last step; the model."""
     tokens, groups, bi_encoder = Tokens(work), read_groups(work), BiEncoderStates(work)
     schedule = plan(groups, tokens, SEED + 1)[:steps]
-    run, begin, sums = Run(work, "joined", out, reads=True), time.monotonic(), torch.zeros(2)
+    run, begin, sums = Run(lambda: build_student(work, "joined"), out, read_marks(work)), time.monotonic(), torch.zeros(2)
     first = run.step
     while run.step < len(schedule):
         pairs = [pair for index in schedule[run.step] for pair in pairs_of(groups[index], tokens)]

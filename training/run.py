@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from training.sets import SEED
-from training.student import READING_LAYERS, build_student, is_stored_as_float8, read_marks, rounded
+from training.student import READING_LAYERS, is_stored_as_float8, rounded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 SAVE_STEPS, KEEP_STEPS = 100, 400
@@ -19,22 +20,18 @@ SAVE_STEPS, KEEP_STEPS = 100, 400
 class Run:
     """What writes the marks of `training.joined` stays as it is: a step of the optimizer there, small as it is, opens the gates between the texts."""
 
-    def __init__(self, work: Path, name: str, out: Path, *, reads: bool) -> None:
-        """From the model of that name; either the layers that read learn, or what comes after them."""
+    def __init__(self, build: Callable[[], Any], out: Path, marks: Sequence[int] = ()) -> None:
+        """From what `build` makes anew each time, float32; what asks for gradients learns, but for what writes the marks."""
         torch.manual_seed(SEED)
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.step = out, 0
-        self.master = build_student(work, name)  # float32: small updates would be lost in bf16
-        self.model = build_student(work, name).to(torch.bfloat16)
-        if not reads:
-            for model in (self.master, self.model):
-                for part in (model.bert.embeddings, model.bert.encoder.layer[:READING_LAYERS]):
-                    part.requires_grad_(False)
+        self.master = build()  # float32: small updates would be lost in bf16
+        self.model = build().to(torch.bfloat16)
         self._masters = [one for one in self.master.parameters() if one.requires_grad]
         self._copies = [one for one in self.model.parameters() if one.requires_grad]
         self._coarse = {id(one) for name, one in self.model.named_parameters() if is_stored_as_float8(name)}
         self.optimizer = torch.optim.AdamW(self._masters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self._free = self._free_weights(list(read_marks(work)))
+        self._free = self._free_weights(list(marks)) if marks else {}
         if (out / "last.pt").exists():
             kept = torch.load(out / "last.pt")
             self.master.load_state_dict(kept["model"])

@@ -68,10 +68,15 @@ def _attention(
     return mixed.transpose(1, 2).contiguous(), None
 
 
+def with_plain_attention() -> None:
+    """Let models be loaded with `attn_implementation="plain"`."""
+    AttentionInterface.register("plain", _attention)
+
+
 def build_student(work: Path, name: str = "start") -> Any:
     """What `training.joined` ("joined"), `training.reading` ("read") or `training.matching` ("start") made, float32, no dropout; word embeddings are
     rounded to what will be stored, and frozen."""
-    AttentionInterface.register("plain", _attention)
+    with_plain_attention()
     model = AutoModelForSequenceClassification.from_pretrained(
         str(work / name),
         hidden_dropout_prob=0.0,
@@ -92,7 +97,7 @@ class Tokens:
         vocabulary = json.loads((work / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
         counts = np.bincount(self._tokens, minlength=len(vocabulary))
         self._rarity = np.log(counts.sum() / (counts + 1.0))
-        self._cls, self._sep, self._doc = (vocabulary[name] for name in ("[CLS]", "[SEP]", "[DOC]"))
+        self.begin, self._sep, self._doc = (vocabulary[name] for name in ("[CLS]", "[SEP]", "[DOC]"))
 
     def length(self, text: int) -> int:
         """Tokens of a text."""
@@ -104,7 +109,7 @@ class Tokens:
         second = self._tokens[self._ends[text] : self._ends[text + 1]]
         room = limit - len(first) - 4
         begin = self._window(first, second, room) if window and len(second) > room else 0
-        ids = [self._cls, *first.tolist(), self._sep]
+        ids = [self.begin, *first.tolist(), self._sep]
         return [*ids, self._doc, *second[begin : begin + room].tolist(), self._sep], len(ids)
 
     def _window(self, first: Any, second: Any, room: int) -> int:
@@ -152,6 +157,24 @@ def read(model: Any, pairs: Sequence[tuple[list[int], int]]) -> Iterator[Read]:
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             done = _read([pairs[index] for index in part], part, model)
         yield done
+
+
+def read_alone(model: Any, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """For each text (tokens, width), what a BertModel makes of it alone."""
+    found = [torch.empty(0)] * len(texts)
+    for part in by_length([len(text) for text in texts]):
+        ids = torch.zeros(len(part), len(texts[part[-1]]), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(part):
+            ids[row, : len(texts[index])] = torch.tensor(texts[index])
+            mask[row, : len(texts[index])] = 1
+        hidden = model.embeddings(input_ids=ids)
+        bias = None if bool(mask.all()) else ((1.0 - mask[:, None, None, :]) * _MASKED).to(hidden.dtype)
+        for layer in model.encoder.layer:
+            hidden = _through(layer, hidden, bias)
+        for row, index in enumerate(part):
+            found[index] = hidden[row, : len(texts[index])]
+    return found
 
 
 def compare(model: Any, part: Read) -> list[torch.Tensor]:

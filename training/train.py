@@ -1,4 +1,4 @@
-"""Step 6: train the layers that compare (`python -m training.train`); started again, it resumes.
+"""Step 7: train the layers that compare (`python -m training.train`); started again, it resumes.
 
 They learn to rank every group as exact late interaction of the tokens they are given does (`training.target`), mixed with the teacher's stored
 logits, which know the labels; and, token by token, what each token of the query is worth in each document: hundreds of targets a step instead of 64.
@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_so
 from training import target
 from training.run import Run
 from training.sets import SEED
-from training.student import MOST_QUERY_TOKENS, Marks, Tokens, compare, head, in_order, pairs_of, read, read_marks
+from training.student import MOST_QUERY_TOKENS, READING_LAYERS, Marks, Tokens, build_student, compare, head, in_order, pairs_of, read, read_marks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,15 +81,20 @@ def rate(step: int, decay_from: int, steps: int, peak: float = LEARNING_RATE) ->
     return peak * min(rising, falling)
 
 
-def losses(groups: Sequence[Group], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(how far each group's distribution is from the teacher's, how far each probability is)."""
-    parts = torch.split(logits, [len(group["texts"]) for group in groups])
-    listwise = [
+def listwise_loss(groups: Sequence[Group], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How far each group's distribution is from the teacher's, the average."""
+    found = [
         kl_div(log_softmax(own, 0), log_softmax(torch.tensor(group["logits"]), 0), log_target=True, reduction="sum")
         for own, group in zip(parts, groups, strict=True)
     ]
+    return torch.stack(found).mean()
+
+
+def losses(groups: Sequence[Group], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(how far each group's distribution is from the teacher's, how far each probability is)."""
+    parts = torch.split(logits, [len(group["texts"]) for group in groups])
     wanted = torch.tensor([value for group in groups for value in group["probabilities"]])
-    return torch.stack(listwise).mean(), binary_cross_entropy_with_logits(logits, wanted)
+    return listwise_loss(groups, parts), binary_cross_entropy_with_logits(logits, wanted)
 
 
 class Seen(NamedTuple):
@@ -131,6 +136,13 @@ def with_target(groups: Sequence[Group], seen: Seen) -> list[Group]:
     ]
 
 
+def _comparing(work: Path) -> Any:
+    model = build_student(work, "start")
+    for part in (model.bert.embeddings, model.bert.encoder.layer[:READING_LAYERS]):
+        part.requires_grad_(False)
+    return model
+
+
 def train(work: Path, out: Path, steps: int) -> None:
     """Train from the last checkpoint to the last step."""
     tokens = Tokens(work)
@@ -138,7 +150,7 @@ def train(work: Path, out: Path, steps: int) -> None:
     marks = read_marks(work)
     planned = plan(groups, tokens, SEED)
     schedule = [sum(planned[at : at + STEPS_TOGETHER], []) for at in range(0, len(planned), STEPS_TOGETHER)][:steps]  # noqa: RUF017 # two short lists
-    run, begin, pairs, sums = Run(work, "start", out, reads=False), time.monotonic(), 0, torch.zeros(3)
+    run, begin, pairs, sums = Run(lambda: _comparing(work), out), time.monotonic(), 0, torch.zeros(3)
     print(f"{len(groups)} groups, {len(schedule)} steps, beginning at {run.step}", flush=True)
     while run.step < len(schedule):
         chosen = [groups[index] for index in schedule[run.step]]

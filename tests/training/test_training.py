@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from training import target
 from training.bm25 import BM25, words
@@ -21,9 +21,12 @@ from training.check_leakage import Evaluation, offenders, table
 from training.groups import LABEL, labelled, unlabelled
 from training.joined import HEAD_WIDTH, MARK, Marks, gate, renew
 from training.matching import add_layers
-from training.student import Read, Tokens
+from training.run import Run
+from training.student import Read, Tokens, read_alone, with_plain_attention
 from training.texts import sentences, vary
-from training.train import LEARNING_RATE, WARM_UP_STEPS, losses, plan, rate
+from training.train import LEARNING_RATE, SCALE, WARM_UP_STEPS, losses, plan, rate
+from training.tuning import losses as apart
+from training.tuning import scores
 from training.vocabulary import prune
 
 if TYPE_CHECKING:
@@ -155,6 +158,49 @@ def test_the_exact_target_is_maxsim_and_the_cosine_of_averages_whatever_stands_b
         averages = torch.nn.functional.cosine_similarity(query.mean(0), document.mean(0), dim=0)
         assert float(found[row].sum() / begin) == pytest.approx(float(maxsim + target.AVERAGES * averages), abs=1e-5)
         assert not found[row, begin:].any()
+
+
+def test_texts_apart_are_scored_as_the_pairs_they_make_and_each_group_learns_from_its_own() -> None:
+    states = torch.nn.functional.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(5)), dim=-1)
+    query, documents = states[:2], [states[2:6], states[6:7], states[7:]]
+    for document, score in zip(documents, scores(query, documents).tolist(), strict=True):
+        place = torch.arange(2 + len(document))[None]
+        pair = Read([0], torch.cat([query, document])[None], None, place < 2, place >= 2)
+        assert score == pytest.approx(float(target.found(pair, ignored=[]).sum() / 2), abs=1e-6)
+    exact = (SCALE * scores(query, documents[:2])).tolist()
+    groups = [{"kind": "passages", "texts": [0, 1], "logits": exact}, {"kind": "sentences", "texts": [2], "logits": [0.0]}]
+    listwise, contrast = apart(groups, [query, query], documents)
+    assert float(listwise) == pytest.approx(0, abs=1e-5)
+    assert float(contrast) == pytest.approx(-float(torch.log_softmax(SCALE * scores(query, documents), 0)[0]), abs=1e-5)
+
+
+def test_a_text_read_beside_longer_ones_is_read_as_the_model_reads_it_alone() -> None:
+    with_plain_attention()
+    config = BertConfig(hidden_size=12, num_attention_heads=2, num_hidden_layers=2, intermediate_size=8, vocab_size=20, attn_implementation="plain")
+    model = BertModel(config).eval()
+    texts = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
+    with torch.no_grad():
+        for text, found in zip(texts, read_alone(model, texts), strict=True):
+            torch.testing.assert_close(found, model(input_ids=torch.tensor([text])).last_hidden_state[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_that_is_started_again_ends_where_one_in_one_go_ends(tmp_path: Path) -> None:
+    def steps(run: Run, count: int) -> Run:
+        for _ in range(count):
+            data = torch.full((1, 3), 1.0 + run.step, dtype=torch.bfloat16)
+            run.update(run.model(data).square().sum(), learning_rate=0.1)
+        return run
+
+    def build() -> torch.nn.Linear:
+        torch.manual_seed(7)
+        return torch.nn.Linear(3, 2)
+
+    whole = steps(Run(build, tmp_path / "whole"), 5)
+    steps(Run(build, tmp_path / "parts"), 2).save(last=True)
+    resumed = steps(Run(build, tmp_path / "parts"), 3)
+    assert resumed.step == whole.step == 5
+    assert resumed.master.weight.equal(whole.master.weight)
+    assert not whole.master.weight.equal(build().weight)
 
 
 def test_renewed_marks_have_their_size_again_and_nothing_else_changes() -> None:
