@@ -7,22 +7,21 @@ bi-encoder gives it where its text stands alone. It resumes when started again.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModel
 
 from training.joined import ignored_coordinates
-from training.run import Run
+from training.run import Run, command_line
 from training.sets import SEED
 from training.student import Tokens, build_student, pairs_of, read, read_alone, read_marks
 from training.train import plan, rate, read_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 LEARNING_RATE = 3e-5
 STEPS, PRINT_STEPS = 1200, 20
@@ -92,11 +91,7 @@ def teach(work: Path, out: Path, steps: int) -> Any:
 
 def main() -> None:
     """Parse the command line, teach, and write WORK/read."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="directory that training.joined has filled")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
+    options = command_line(__doc__.partition("\n")[0], STEPS)
     teach(options.work, options.out, options.steps).save_pretrained(options.work / "read")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +14,17 @@ from training.student import READING_LAYERS, is_stored_as_float8, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 SAVE_STEPS, KEEP_STEPS = 100, 400
+
+
+def command_line(about: str | None, steps: int) -> argparse.Namespace:
+    """What a step that trains is given: `work`, `out` and `steps`."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--work", type=Path, required=True, help="directory that the steps before have filled")
+    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
+    parser.add_argument("--steps", type=int, default=steps, help=f"default {steps:,}")
+    return parser.parse_args()
 
 
 class Run:

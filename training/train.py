@@ -8,23 +8,22 @@ takes half the time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax
 
 from training import target
-from training.run import Run
+from training.run import Run, command_line
 from training.sets import SEED
 from training.student import MOST_QUERY_TOKENS, READING_LAYERS, Marks, Tokens, build_student, compare, head, in_order, pairs_of, read, read_marks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 GROUPS_PER_STEP = 4
 BUCKET_STEPS = 32  # groups of like length share a step within a bucket of so many steps
@@ -33,7 +32,7 @@ LEARNING_RATE, WARM_UP_STEPS = 1e-4, 50
 WEIGHTS = 1.0, 0.1, 1.0  # of the losses: listwise, pointwise, tokens
 TEACHER_SHARE, SCALE = 0.3, 20.0  # of the stored logits; what makes logits of the rest
 QUERY_WIDTH = MOST_QUERY_TOKENS + 2
-STEPS, PRINT_STEPS = 1900, 25
+STEPS, PRINT_STEPS = 2400, 25
 
 SHORT_LENGTH = 96  # of every second group of passages, the part that shares most with the query: more groups in the same time
 
@@ -169,11 +168,7 @@ def train(work: Path, out: Path, steps: int) -> None:
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="directory that training.build has filled")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
+    options = command_line(__doc__, STEPS)
     train(options.work, options.out, options.steps)
 
 

@@ -7,10 +7,8 @@ ranks them, and the first, which answers the query, above the texts of the other
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +18,7 @@ from transformers import AutoModel
 
 from training.backbone import backbone_directory
 from training.joined import ignored_coordinates
-from training.run import Run
+from training.run import Run, command_line
 from training.sets import SEED
 from training.student import Tokens, pairs_of, read_alone, rounded, with_plain_attention
 from training.target import AVERAGES
@@ -28,6 +26,7 @@ from training.train import SCALE, listwise_loss, plan, rate, read_groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 LEARNING_RATE = 2e-5
 CONTRAST = 0.5  # of the loss: the other groups' texts
@@ -129,11 +128,7 @@ def tune(work: Path, out: Path, steps: int) -> None:
 
 def main() -> None:
     """Parse the command line and tune."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="directory that training.build has filled")
-    parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    options = parser.parse_args()
+    options = command_line(__doc__, STEPS)
     tune(options.work, options.out, options.steps)
 
 
