@@ -71,7 +71,6 @@ class Worker:
         self._numbers = 0
         self._load_seen = ("", 0)
         self._drain_until = math.inf
-        self._dispatched_at = now
         self._left_something = False
 
     # --- what comes in -------------------------------------------------------------------------------------------------------
@@ -122,8 +121,6 @@ class Worker:
         deadline = self.scheduler.next_deadline
         if deadline is not None:
             moments.append(deadline)
-        if self.scheduler.has_unsent:
-            moments += [engine.next_at for engine in self.fleet.ready if engine.has_room and engine.next_at > self._dispatched_at]
         return min(*moments, self._outbox.next_wakeup)
 
     def take_lines(self, now: float) -> list[bytes]:
@@ -252,18 +249,15 @@ class Worker:
     # --- engines -------------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, now: float) -> None:
-        """Keep every engine supplied with two batches, the second as late as it may be: each gets its first before any gets its second."""
+        """Keep every engine supplied with two batches: each gets its first before any gets its second."""
         self._expire(now)
-        self._dispatched_at = now
         supplied = True
         while supplied and self.scheduler.has_unsent:
             supplied = False
             ready = self.fleet.ready
             share = max(_LEAST_SHARE_PAIRS, -(-self.scheduler.waiting_pairs // len(ready))) if len(ready) > 1 else None
             for engine in ready:
-                if not engine.has_room or engine.next_at > now:
-                    continue
-                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share)
+                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share) if engine.has_room else None
                 if batch is not None:
                     self.fleet.send(engine, batch, now)
                     supplied = True

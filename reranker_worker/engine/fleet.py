@@ -23,9 +23,6 @@ MOST_IN_FLIGHT = 2
 _GRACE_SECONDS = 1.0
 _GRACE_PASSES = 4.0
 _SOONEST_SECONDS = 1.0  # a start in a storm takes at least so long; "now" would make hosts hammer
-# How long before the end of its batch an engine that reads the next one in no time is given it: what is not sent yet can still be a request that
-# comes meanwhile. As much as a batch that ends early or a front that is woken late may cost without an idle engine.
-_AHEAD_SECONDS = 0.012
 _INTERNAL_ERROR = 70
 _MACHINE_UNFIT = 71
 
@@ -88,7 +85,6 @@ class Engine:
     in_flight: dict[int, Batch] = field(default_factory=dict)
     start_at: float = 0.0
     progress_at: float = 0.0
-    begun_at: float = 0.0  # when it began the first batch that it has in flight
     slowest_seconds: float = 0.0
     restarts: Restarts = field(default_factory=Restarts)
     starts: int = 0
@@ -103,14 +99,6 @@ class Engine:
         batches = self.in_flight.values()
         return self.state == "ready" and len(batches) < MOST_IN_FLIGHT and not any(batch.alone for batch in batches)
 
-    @property
-    def next_at(self) -> float:
-        """From when on it should be sent what it has room for (monotonic seconds; -inf: at once). Held back is the second batch of an engine that
-        needs no time before a batch: one on a CPU that pads nothing."""
-        if not self.in_flight or not self.info.get("packed") or self.info.get("device") != "cpu":
-            return float("-inf")
-        expected = next(iter(self.in_flight.values())).expected_ms / 1e3
-        return self.begun_at + max(expected / 2, expected - _AHEAD_SECONDS)
 
     def status(self, now: float) -> EngineStatus:
         """A snapshot for reports."""
@@ -147,7 +135,7 @@ class Fleet:
     def send(self, engine: Engine, batch: Batch, now: float) -> None:
         """Put a batch in flight."""
         if not engine.in_flight:
-            engine.progress_at = engine.begun_at = now
+            engine.progress_at = now
         engine.in_flight[batch.number] = batch
         engine.link.send({"op": "score", "batch": batch.number, "groups": batch.groups})
 
@@ -279,7 +267,6 @@ class Fleet:
             self._kill(engine, "it broke the inner wire")
             return None
         del engine.in_flight[batch.number]
-        engine.begun_at = engine.progress_at
         return Scored(batch, result)
 
     def _stalled_at(self, engine: Engine) -> float:

@@ -85,7 +85,6 @@ DEFECTS = [
     # --- scheduling
     Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", "tests/test_scheduler.py"),
     Defect("one length keeps its turn", "scheduling", _SCHEDULER, "        self._rotations[head.priority].rotate(-1)\n", "", "tests/test_scheduler_narrow.py"),
-    Defect("the second batch is sent at once", "scheduling", _FLEET, "return self.begun_at + max(", 'return float("-inf") + max(', "tests/test_worker_engines.py"),
     Defect("pairs of any length meet", "scheduling", _SCHEDULER, "if -item[0] <= longest]", "if True]", "tests/test_scheduler_narrow.py"),
     Defect("copies in flight are never told", "scheduling", _SHARING, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
     Defect("a copy is told the next pair's score", "scheduling", _SHARING, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
