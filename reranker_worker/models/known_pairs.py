@@ -16,7 +16,7 @@ ANY_PAIRS = (
     ("What is the capital of France?", "Bread is baked from flour, water and salt."),
 )
 _TOLERANCE = {"float32": 1e-3}  # other kinds of CPU differ by about 1e-5
-_REDUCED_TOLERANCE = 0.25
+_REDUCED_TOLERANCE = 0.5  # of logits that span tens: bfloat16 moves one of the bundled model's by 0.3, a wrong file by several
 
 
 class KnownPair(NamedTuple):
