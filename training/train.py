@@ -131,8 +131,7 @@ def with_target(groups: Sequence[Group], seen: Seen, share: float) -> list[Group
     exact = SCALE * seen.wanted.sum(1) / (seen.wanted != 0).sum(1)
     parts = torch.split(exact, [len(group["texts"]) for group in groups])
     return [
-        {**group, "logits": (share * torch.tensor(group["logits"]) + (1 - share) * part).tolist()}
-        for group, part in zip(groups, parts, strict=True)
+        {**group, "logits": (share * torch.tensor(group["logits"]) + (1 - share) * part).tolist()} for group, part in zip(groups, parts, strict=True)
     ]
 
 
@@ -156,7 +155,7 @@ def train(work: Path, out: Path, steps: int) -> None:
         chosen = [groups[index] for index in schedule[run.step]]
         texts = [pair for group in chosen for pair in pairs_of(group, tokens)]
         seen = see(run.model, texts, marks)
-        share = TEACHER_SHARE if run.step < steps - ALONE_STEPS else 0.0
+        share = TEACHER_SHARE if run.step < len(schedule) - ALONE_STEPS else 0.0
         parts = torch.stack([*losses(with_target(chosen, seen, share), seen.logits), token_loss(chosen, seen)])
         run.update((parts * torch.tensor(WEIGHTS)).sum(), rate(run.step, len(schedule) // 3, len(schedule)))
         pairs, sums = pairs + len(texts), sums + parts.detach()

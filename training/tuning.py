@@ -7,13 +7,12 @@ ranks them, and the first, which answers the query, above the texts of the other
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
 from training.backbone import backbone_directory
@@ -21,7 +20,7 @@ from training.joined import ignored_coordinates
 from training.run import Run, command_line
 from training.sets import SEED
 from training.student import Tokens, pairs_of, read_alone, rounded, with_plain_attention
-from training.target import AVERAGES
+from training.target import scores, units
 from training.train import SCALE, listwise_loss, plan, rate, read_groups
 
 if TYPE_CHECKING:
@@ -42,51 +41,34 @@ class Tuned:
     def __init__(self, work: Path) -> None:
         self.work = work
         with_plain_attention()
-        self._rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
-        norm = self._load().encoder.layer[-1].output.LayerNorm
-        self._norm = {name: one.detach().clone() for name, one in norm.state_dict().items()}
-        self.ignored = ignored_coordinates(norm)
-
-    def _load(self) -> Any:
-        model = AutoModel.from_pretrained(
+        self._before = AutoModel.from_pretrained(
             str(backbone_directory()), attn_implementation="plain", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dtype=torch.float32
         )
-        words = model.embeddings.word_embeddings
-        words.weight = torch.nn.Parameter(rounded(words.weight.data[self._rows]), requires_grad=False)
-        words.num_embeddings = model.config.vocab_size = len(self._rows)
-        return model
+        rows = torch.tensor(json.loads((work / "rows.json").read_text(encoding="utf-8")))
+        words = self._before.embeddings.word_embeddings
+        words.weight = torch.nn.Parameter(rounded(words.weight.data[rows]), requires_grad=False)
+        words.num_embeddings = self._before.config.vocab_size = len(rows)
+        self.ignored = ignored_coordinates(_last_norm(self._before))
 
     def build(self) -> Any:
         """float32, no dropout."""
-        model = self._load()
-        norm = model.encoder.layer[-1].output.LayerNorm.requires_grad_(False)
+        model = copy.deepcopy(self._before)
+        norm = _last_norm(model).requires_grad_(False)
         norm.weight.data.fill_(1.0)
         norm.bias.data.zero_()
         return model
 
-    def units(self, states: Tensor) -> Tensor:
-        """(tokens, width): unit vectors, 0 at the ignored coordinates."""
-        states = states.float()
-        known = torch.ones(states.shape[-1])
-        known[self.ignored] = 0.0
-        return normalize(states * known, dim=-1)
-
     def save(self, model: Any) -> None:
         """Write WORK/tuned, a BertModel as the bi-encoder was: half way from it to this model, which ranks better than either on text unlike that it
         was trained on (Wortsman et al. 2022, arXiv:2109.01903)."""
-        for own, before in zip(model.parameters(), self.build().parameters(), strict=True):
+        for own, before in zip(model.parameters(), self._before.parameters(), strict=True):
             own.data.lerp_(before.data, 0.5)
-        model.encoder.layer[-1].output.LayerNorm.load_state_dict(self._norm)
+        _last_norm(model).load_state_dict(_last_norm(self._before).state_dict())
         model.save_pretrained(self.work / "tuned")
 
 
-def scores(query: Tensor, documents: Sequence[Tensor]) -> Tensor:
-    """(n,): exact late interaction of a query's unit tokens (T, width) with those of n documents."""
-    padded = pad_sequence(list(documents), batch_first=True)
-    missing = torch.arange(padded.shape[1]) >= torch.tensor([len(one) for one in documents])[:, None]
-    cosines = torch.einsum("td,nkd->ntk", query, padded).masked_fill(missing[:, None], -1.0)
-    averages = normalize(torch.stack([one.mean(0) for one in documents]), dim=-1) @ normalize(query.mean(0), dim=0)
-    return cosines.amax(2).mean(1) + AVERAGES * averages
+def _last_norm(model: Any) -> Any:
+    return model.encoder.layer[-1].output.LayerNorm
 
 
 def losses(groups: Sequence[dict[str, Any]], queries: Sequence[Tensor], documents: Sequence[Tensor]) -> Tensor:
@@ -112,7 +94,7 @@ def tune(work: Path, out: Path, steps: int) -> None:
         pairs = [pairs_of(group, tokens) for group in chosen]
         queries = [ids[:second] for (ids, second), *_ in pairs]
         documents = [[tokens.begin, *ids[second + 1 :]] for group in pairs for ids, second in group]
-        states = [tuned.units(one) for one in read_alone(run.model, queries + documents)]
+        states = [units(one, tuned.ignored) for one in read_alone(run.model, queries + documents)]
         parts = losses(chosen, states[: len(queries)], states[len(queries) :])
         run.update(parts[0] + CONTRAST * parts[1], rate(run.step, steps // 3, steps, LEARNING_RATE))
         sums += parts.detach()

@@ -26,7 +26,6 @@ from training.student import Read, Tokens, read_alone, with_plain_attention
 from training.texts import sentences, vary
 from training.train import LEARNING_RATE, SCALE, WARM_UP_STEPS, losses, plan, rate
 from training.tuning import losses as apart
-from training.tuning import scores
 from training.vocabulary import prune
 
 if TYPE_CHECKING:
@@ -163,15 +162,15 @@ def test_the_exact_target_is_maxsim_and_the_cosine_of_averages_whatever_stands_b
 def test_texts_apart_are_scored_as_the_pairs_they_make_and_each_group_learns_from_its_own() -> None:
     states = torch.nn.functional.normalize(torch.randn(9, 6, generator=torch.Generator().manual_seed(5)), dim=-1)
     query, documents = states[:2], [states[2:6], states[6:7], states[7:8], states[8:]]
-    for document, score in zip(documents, scores(query, documents).tolist(), strict=True):
+    for document, score in zip(documents, target.scores(query, documents).tolist(), strict=True):
         place = torch.arange(2 + len(document))[None]
         pair = Read([0], torch.cat([query, document])[None], None, place < 2, place >= 2)
         assert score == pytest.approx(float(target.found(pair, ignored=[]).sum() / 2), abs=1e-6)
-    exact = (SCALE * scores(query, documents)).tolist()
+    exact = (SCALE * target.scores(query, documents)).tolist()
     groups = [{"kind": "sentences", "texts": [0, 1], "logits": exact[:2]}, {"kind": "passages", "texts": [2, 3], "logits": exact[2:]}]
     listwise, contrast = apart(groups, [query, query], documents)
     assert float(listwise) == pytest.approx(0, abs=1e-5)
-    assert float(contrast) == pytest.approx(-float(torch.log_softmax(SCALE * scores(query, documents), 0)[2]), abs=1e-5)
+    assert float(contrast) == pytest.approx(-float(torch.log_softmax(SCALE * target.scores(query, documents), 0)[2]), abs=1e-5)
 
 
 def test_a_text_read_beside_longer_ones_is_read_as_the_model_reads_it_alone() -> None:
