@@ -230,17 +230,20 @@ class Scheduler:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
         tokens, room = 0.0, limit
-        if jobs[0].unsent * self.pace.tokens_per_pair > 2 * budget:
+        most = 2 * budget  # a batch may take longer than its target if that makes a request whole: in two, it would be sent in two
+        if jobs[0].unsent * self.pace.tokens_per_pair > most:
             # Two batches are in flight: those of a long request take the target time together, so that a newcomer waits for little.
-            budget = self.pace.budget_tokens(self._batch_target_ms / 2)
+            budget = most = self.pace.budget_tokens(self._batch_target_ms / 2)
         unsent = oldest.unsent
         for job in jobs:
-            # What is whole with this batch need not wait for a part of what is not.
-            if tokens >= self.pace.pass_tokens and slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:
+            if slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:
+                # What is whole with this batch need not wait for a part of what is not, but for as much as keeps the engine busy.
+                budget = most = min(budget, self.pace.pass_tokens)
+            if slices and tokens >= budget:
                 break
-            taken, count, cost = self._take(job, room, budget - tokens, now, force=not slices)
-            slices, tokens, room = slices + taken, tokens + cost, room - count
-            if room <= 0 or tokens >= budget:
+            taken, count, cost = self._take(job, room, most - tokens, now, force=not slices)
+            slices, tokens, room, most = slices + taken, tokens + cost, room - count, budget
+            if room <= 0:
                 break
         self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0
         return self._batch(slices, tokens) if slices else self._packed_batch(now, limit, budget)

@@ -56,6 +56,27 @@ def test_a_small_request_behind_a_large_one_waits_for_little_more_than_its_own_w
     assert batches_until(scheduler, 2) <= own + 2
 
 
+def test_a_request_of_less_than_two_batches_is_sent_whole() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    scheduler.add(make_job(2, *texts("small", 3 * PAIRS_A_BATCH, CHARS)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert {item.job.number for item in batch.slices} == {2}
+    assert batch.num_pairs == 3 * PAIRS_A_BATCH
+
+
+def test_a_request_that_is_too_small_for_a_batch_waits_only_for_as_much_of_a_long_one_as_keeps_the_engine_busy() -> None:
+    scheduler = make()
+    scheduler.pace.pass_tokens = 4 * 78
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    scheduler.add(make_job(2, *texts("small", 2, CHARS)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert batch.slices[0].job.number == 2
+    assert 2 < batch.num_pairs <= 4
+
+
 def test_a_large_request_that_has_just_had_batches_lets_a_newcomer_pass_at_once() -> None:
     for before in range(1, 9):
         scheduler = make()
