@@ -20,11 +20,12 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from training.calibrate import fit, fold, held_out_logits
+from training.run import average
 from training.student import build_student, is_stored_as_float8
 from training.train import STEPS_TOGETHER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 MAX_LENGTH = 256  # the bi-encoder's own: it was never trained to read what stands further back
 MOST_BYTES = 30_000_000
@@ -67,12 +68,6 @@ _TOKENIZER_CONFIG = {
 _PAIR = (("[CLS]", 0), ("A", 0), ("[SEP]", 0), ("[DOC]", 1), ("B", 1), ("[SEP]", 1))
 
 Row = dict[str, Any]
-
-
-def average(paths: Sequence[Path]) -> Row:
-    """The mean of the weights of several checkpoints of one run."""
-    states = [torch.load(path) for path in paths]
-    return {name: sum(state[name] for state in states) / len(states) for name in states[0]}
 
 
 def edit_json(path: Path, change: Callable[[Row], None]) -> None:
@@ -166,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="directory that training.build has filled")
     parser.add_argument("--weights", type=Path, nargs="+", help="weights-N.pt; of several the mean is taken")
-    parser.add_argument("--trained-steps", type=int, help="steps of training.train: groups after them calibrate")
+    parser.add_argument("--trained-steps", type=int, help="steps of training.train, of all its runs: groups after them calibrate")
     parser.add_argument("--out", type=Path, required=True, help="directory of the bundle; its model card stays")
     parser.add_argument("--manifest-only", action="store_true", help="after an edit of the model card")
     options = parser.parse_args()

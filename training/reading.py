@@ -91,7 +91,7 @@ def teach(work: Path, out: Path, steps: int) -> Any:
 
 def main() -> None:
     """Parse the command line, teach, and write WORK/read."""
-    options = command_line(__doc__.partition("\n")[0], STEPS)
+    options = command_line(__doc__.partition("\n")[0], STEPS).parse_args()
     teach(options.work, options.out, options.steps).save_pretrained(options.work / "read")
 
 

@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 SAVE_STEPS, KEEP_STEPS = 100, 400
 
 
-def command_line(about: str | None, steps: int) -> argparse.Namespace:
-    """What a step that trains is given: `work`, `out` and `steps`."""
+def command_line(about: str | None, steps: int) -> argparse.ArgumentParser:
+    """What every step that trains is given: `work`, `out` and `steps`."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--work", type=Path, required=True, help="directory that the steps before have filled")
     parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints")
     parser.add_argument("--steps", type=int, default=steps, help=f"default {steps:,}")
-    return parser.parse_args()
+    return parser
+
+
+def average(paths: Sequence[Path]) -> dict[str, Any]:
+    """The mean of the weights of several checkpoints."""
+    states = [torch.load(path) for path in paths]
+    return {name: sum(state[name] for state in states) / len(states) for name in states[0]}
 
 
 class Run:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from training.student import Read
 
-AVERAGES = 0.5  # of the cosine of the averages, beside MaxSim
+AVERAGES = 0.5  # of the cosine of the averages, beside MaxSim, unless a step says otherwise
 
 Tensor = torch.Tensor
 
@@ -39,13 +39,13 @@ def scores(query: Tensor, documents: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def found(part: Read, ignored: Sequence[int]) -> Tensor:
-    """(n, T): for every token of the query (T: of the longest) its best cosine in the document, and AVERAGES times its part of the averages' cosine;
-    0 behind its end."""
+def found(part: Read, ignored: Sequence[int], averages: float = AVERAGES) -> Tensor:
+    """(n, T): for every token of the query (T: of the longest) its best cosine in the document, and `averages` times its part of the cosine of the
+    averages; 0 behind its end."""
     vectors = units(part.states.masked_fill(~(part.queries | part.documents)[..., None], 0.0), ignored)
     asking = part.queries[:, : int(part.queries.sum(1).max())]
     tokens = vectors[:, : asking.shape[1]]
     cosines = torch.bmm(tokens, vectors.transpose(1, 2)).masked_fill(~part.documents[:, None], -1.0)
     queries, documents = ((vectors * chosen[..., None]).sum(1) / chosen.sum(1, keepdim=True) for chosen in (part.queries, part.documents))
     share = torch.bmm(tokens, normalize(documents, dim=-1)[..., None])[..., 0] / queries.norm(dim=-1, keepdim=True)
-    return (cosines.amax(-1) + AVERAGES * share).masked_fill(~asking, 0.0)
+    return (cosines.amax(-1) + averages * share).masked_fill(~asking, 0.0)

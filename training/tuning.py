@@ -110,7 +110,7 @@ def tune(work: Path, out: Path, steps: int) -> None:
 
 def main() -> None:
     """Parse the command line and tune."""
-    options = command_line(__doc__, STEPS)
+    options = command_line(__doc__, STEPS).parse_args()
     tune(options.work, options.out, options.steps)
 
 

@@ -21,10 +21,10 @@ from training.check_leakage import Evaluation, offenders, table
 from training.groups import LABEL, labelled, unlabelled
 from training.joined import HEAD_WIDTH, MARK, Marks, gate, renew
 from training.matching import add_layers
-from training.run import Run
+from training.run import Run, average
 from training.student import Read, Tokens, read_alone, with_plain_attention
 from training.texts import sentences, vary
-from training.train import LEARNING_RATE, SCALE, WARM_UP_STEPS, losses, plan, rate
+from training.train import LEARNING_RATE, SCALE, WARM_UP_STEPS, Goal, Seen, losses, plan, rate, with_target
 from training.tuning import losses as apart
 from training.vocabulary import prune
 
@@ -171,6 +171,22 @@ def test_texts_apart_are_scored_as_the_pairs_they_make_and_each_group_learns_fro
     listwise, contrast = apart(groups, [query, query], documents)
     assert float(listwise) == pytest.approx(0, abs=1e-5)
     assert float(contrast) == pytest.approx(-float(torch.log_softmax(SCALE * target.scores(query, documents), 0)[2]), abs=1e-5)
+
+
+def test_a_goal_mixes_late_interaction_the_teacher_and_what_is_known_to_be_the_answer() -> None:
+    wanted = torch.tensor([[0.8, 0.6, 0.0], [0.4, 0.2, 0.0], [0.5, 0.0, 0.0], [0.9, 0.0, 0.0]])  # the last two of a query of one token
+    seen = Seen(torch.zeros(4), wanted, torch.zeros(4, 3))
+    groups = [{"kind": "passages", "texts": [0, 1], "logits": [10.0, 2.0]}, {"kind": "sentences", "texts": [2, 3], "logits": [5.0, 5.0]}]
+    passages, sentences = (group["logits"] for group in with_target(groups, seen, Goal(averages=0.5, teacher=0.25, label=2.0)))
+    assert passages == pytest.approx([0.25 * 10 + 0.75 * SCALE * 0.7 + 2.0, 0.25 * 2 + 0.75 * SCALE * 0.3])
+    assert sentences == pytest.approx([0.25 * 5 + 0.75 * SCALE * 0.5, 0.25 * 5 + 0.75 * SCALE * 0.9])
+    assert groups[0]["logits"] == [10.0, 2.0]
+
+
+def test_a_later_run_begins_with_the_mean_of_the_weights_that_it_is_given(tmp_path: Path) -> None:
+    for number, value in enumerate((1.0, 3.0)):
+        torch.save({"weight": torch.full((2,), value)}, tmp_path / f"{number}.pt")
+    assert average([tmp_path / "0.pt", tmp_path / "1.pt"])["weight"].tolist() == [2.0, 2.0]
 
 
 def test_a_text_read_beside_longer_ones_is_read_as_the_model_reads_it_alone() -> None:
