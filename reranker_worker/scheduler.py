@@ -230,19 +230,20 @@ class Scheduler:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
         tokens, room = 0.0, limit
-        most = 2 * budget  # a batch may take longer than its target if that makes a request whole: in two, it would be sent in two
-        if jobs[0].unsent * self.pace.tokens_per_pair > most:
+        whole = 2 * budget  # a batch may take longer than its target if that makes a request whole: in two, it would be sent in two
+        if jobs[0].unsent * self.pace.tokens_per_pair > whole:
             # Two batches are in flight: those of a long request take the target time together, so that a newcomer waits for little.
-            budget = most = self.pace.budget_tokens(self._batch_target_ms / 2)
+            budget = whole = self.pace.budget_tokens(self._batch_target_ms / 2)
         unsent = oldest.unsent
         for job in jobs:
             if slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:
                 # What is whole with this batch need not wait for a part of what is not, but for as much as keeps the engine busy.
-                budget = most = min(budget, self.pace.pass_tokens)
-            if slices and tokens >= budget:
+                budget = min(budget, self.pace.pass_tokens)
+            if tokens >= budget:
                 break
-            taken, count, cost = self._take(job, room, most - tokens, now, force=not slices)
-            slices, tokens, room, most = slices + taken, tokens + cost, room - count, budget
+            taken, count, cost = self._take(job, room, (whole if job is jobs[0] else budget) - tokens, now, force=not slices)
+            slices, room = slices + taken, room - count
+            tokens = tokens + cost if slices else 0.0  # pairs that are being scored already do not travel
             if room <= 0:
                 break
         self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0

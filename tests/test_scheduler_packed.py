@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scheduling import check_scores, make_job, result_of, run_dry, texts
@@ -129,6 +130,19 @@ def test_requests_for_the_same_pairs_are_scored_once_and_both_answered() -> None
         score(scheduler, batch)
     for job in jobs:
         check_scores(job)
+
+
+@pytest.mark.parametrize("same", [2 * PAIRS_A_BATCH, 3 * PAIRS_A_BATCH], ids=["almost a batch", "more than a batch"])
+def test_what_follows_a_request_that_is_being_scored_already_has_a_batch_of_its_usual_size(same: int) -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("same", same, CHARS)))
+    scheduler.next_batch(0.0)
+    scheduler.add(make_job(2, *texts("same", same, CHARS)))  # nothing of it travels
+    scheduler.add(make_job(3, *texts("large", 1000, CHARS)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert {item.job.number for item in batch.slices} == {3}
+    assert batch.num_pairs >= PAIRS_A_BATCH - 1
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 3)), min_size=1, max_size=12))

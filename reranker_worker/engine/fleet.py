@@ -99,7 +99,6 @@ class Engine:
         batches = self.in_flight.values()
         return self.state == "ready" and len(batches) < MOST_IN_FLIGHT and not any(batch.alone for batch in batches)
 
-
     def status(self, now: float) -> EngineStatus:
         """A snapshot for reports."""
         progress_ms = round((now - self.progress_at) * 1e3, 3) if self.in_flight or self.state == "loading" else None

@@ -85,8 +85,8 @@ DEFECTS = [
     # --- scheduling
     Defect("a large request keeps its turn", "scheduling", _SCHEDULER, "self._rotations[job.priority].rotate(-1)", "pass", "tests/test_scheduler.py"),
     Defect("one length keeps its turn", "scheduling", _SCHEDULER, "        self._rotations[head.priority].rotate(-1)\n", "", "tests/test_scheduler_narrow.py"),
-    Defect("a request of little more than a batch is sent in two", "scheduling", _SCHEDULER, "most = 2 * budget", "most = budget", "tests/test_scheduler_packed.py"),
-    Defect("a whole request waits for a part of a long one", "scheduling", _SCHEDULER, "budget = most = min(budget, self.pace.pass_tokens)", "pass", "tests/test_scheduler_packed.py"),
+    Defect("a request of little more than a batch is sent in two", "scheduling", _SCHEDULER, "whole = 2 * budget", "whole = budget", "tests/test_scheduler_packed.py"),
+    Defect("a whole request waits for a part of a long one", "scheduling", _SCHEDULER, "budget = min(budget, self.pace.pass_tokens)", "pass", "tests/test_scheduler_packed.py"),
     Defect("pairs of any length meet", "scheduling", _SCHEDULER, "if -item[0] <= longest]", "if True]", "tests/test_scheduler_narrow.py"),
     Defect("copies in flight are never told", "scheduling", _SHARING, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
     Defect("a copy is told the next pair's score", "scheduling", _SHARING, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
