@@ -152,12 +152,27 @@ class _Graph:
         return self._attention(query, key, value, "group_row_shape")
 
     def _last_layer(self, name: str, layer: Layer, state: str) -> str:
+        """One query per pair asks every token, so the key's weights are multiplied with the query and the value's with the sum, once per pair
+        instead of once per token: query . (K x) = (K' query) . x, and sum of w (V x + b) = V (sum of w x) + b where the weights w sum to 1.
+        The key's bias adds the same to every token's score, which softmax takes away again.
+        """
+        heads, width = self._encoder.heads, self._width // self._encoder.heads
         first = self._node("Gather", [state, "first"])
+        table = self._node("Gather", [state, "spread"])
         query = self._linear(name + ".query", self._scaled(layer.query), first)
-        key, value = self._table(name + ".key", layer.key, state), self._table(name + ".value", layer.value, state)
-        query = self._heads(self._node("Unsqueeze", [query, "axis_1"]))
-        context = self._attention(query, self._heads(key, order=_KEYS), self._heads(value), "row_shape")
+        key = layer.key.weight.reshape(heads, width, self._width)
+        value = layer.value.weight.reshape(heads, width, self._width).transpose(0, 2, 1)
+        asked = self._by_head(self._node("Reshape", [query, self._constant("heads_shape", np.array([-1, heads, width]))]), name + ".key", key)
+        scores = self._node("MatMul", [asked, self._node("Transpose", [table], perm=[0, 2, 1])])
+        weights = self._node("Softmax", [self._node("Add", [scores, self._node("Squeeze", ["mask", "axis_1"])])], axis=-1)
+        context = self._by_head(self._node("MatMul", [weights, table]), name + ".value", value)
+        context = self._node("Add", [self._node("Reshape", [context, "row_shape"]), self._constant(name + ".value.bias", layer.value.bias)])
         return self._feed_forward(name, layer, context, first)
+
+    def _by_head(self, rows: str, name: str, weight: NDArray[np.float32]) -> str:
+        """(pairs, heads, inputs) to (pairs, heads, outputs) by a `weight` (heads, inputs, outputs)."""
+        turned = self._node("Transpose", [rows], perm=[1, 0, 2])
+        return self._node("Transpose", [self._node("MatMul", [turned, self._constant(name + ".weight", weight)])], perm=[1, 0, 2])
 
     def _table(self, name: str, linear: Linear, state: str) -> str:
         """(pairs, longest, width): a linear layer's rows, spread for attention."""

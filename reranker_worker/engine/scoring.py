@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import Backend, OutOfMemoryError, Pair, Tokens
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 _MOST_BROKEN_PAIRS = 3
 # A batch is cut into as many passes as may run side by side, but not into crumbs.
 _LEAST_PASS_TOKENS = 128
+# Of more passes than so many for each thread the cuts matter little.
+_FEW_PASSES = 4
+# A pass may have so many times its tokens if all ends sooner.
+_MOST_OVER = 1.5
+# What a pass costs beside its tokens, in tokens, of MiniLM-L6 in float32: passes of 128 tokens take 3 % longer than of 256, and of the time with
+# passages of 86 tokens 3 % goes to the spreading for attention and 5 % to attention itself.
+_PASS_START_TOKENS, _TABLE_SHARE, _ATTENTION_SHARE = 9.0, 0.03, 0.0006
 _NO_ROOM = ("INVALID_REQUEST", "The query alone fills the model's max_length; shorten it.")
 _NO_INSTRUCTION = ("INVALID_REQUEST", "This model takes no instruction; leave the field out.")
 _NO_MEMORY = ("INFERENCE_ERROR", "There is not enough memory to score one of the documents even alone.")
@@ -76,7 +84,8 @@ def plan_packed(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: in
     """Cut pairs, sorted by length from the longest, into passes of about equal sums of tokens, for a backend that pads nothing.
 
     Each pass holds at most `max_pass_pairs` pairs and about `max_pass_tokens` tokens (a single longer pair makes a pass of its own); there are as
-    many as keep `parallel` threads busy to the end, unless that would make crumbs.
+    many as keep `parallel` threads busy to the end, unless that would make crumbs. Of few passes the cuts are moved until the threads end
+    together, and the dearest comes first.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     total = sum(lengths)
@@ -93,7 +102,43 @@ def plan_packed(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: in
         passes[-1].append(index)
         used += lengths[index]
         done += lengths[index]
+    if parallel > 1 and 1 < len(passes) <= _FEW_PASSES * parallel:
+        cuts = _even_out([lengths[index] for index in order], [len(part) for part in passes], parallel, max_pass_tokens, max_pass_pairs)
+        passes = [order[begin:end] for begin, end in cuts]
     return passes
+
+
+def _even_out(lengths: Sequence[int], sizes: Sequence[int], parallel: int, max_pass_tokens: int, max_pass_pairs: int) -> list[tuple[int, int]]:
+    """Begin and end of each pass over `lengths` (sorted), the dearest first, when no cut can be moved by one or two pairs so that all ends sooner.
+
+    `sizes` is how many pairs each has at first.
+    """
+
+    def spans(ends: Sequence[int]) -> list[tuple[int, int]]:
+        return sorted(pairwise([0, *ends]), key=lambda span: -_pass_cost(lengths[slice(*span)]))
+
+    def end_of_all(ends: Sequence[int]) -> float:
+        threads = [0.0] * parallel
+        for begin, end in spans(ends):
+            threads[threads.index(min(threads))] += _pass_cost(lengths[begin:end])
+        return max(threads)
+
+    def is_able(begin: int, end: int) -> bool:
+        return 0 < end - begin <= max_pass_pairs and (end - begin == 1 or sum(lengths[begin:end]) <= _MOST_OVER * max_pass_tokens)
+
+    ends = list(accumulate(sizes))
+    best = end_of_all(ends)
+    while True:
+        moved = [[*ends[:cut], ends[cut] + step, *ends[cut + 1 :]] for cut in range(len(ends) - 1) for step in (-2, -1, 1, 2)]
+        soonest = min((trial for trial in moved if all(is_able(*span) for span in pairwise([0, *trial]))), key=end_of_all, default=ends)
+        if end_of_all(soonest) >= best:
+            return spans(ends)
+        ends, best = soonest, end_of_all(soonest)
+
+
+def _pass_cost(lengths: Sequence[int]) -> float:
+    """What a pass of pairs of these lengths, the longest first, takes, in tokens: its start, its tokens, and attention's table (pairs, longest)."""
+    return _PASS_START_TOKENS + sum(lengths) + len(lengths) * lengths[0] * (_TABLE_SHARE + _ATTENTION_SHARE * lengths[0])
 
 
 class Scorer:
