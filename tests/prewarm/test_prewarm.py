@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import pytest
+from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
@@ -109,6 +111,17 @@ def test_int8_moves_scores_a_little_and_halves_the_weights(model: Path, artefact
     assert facts["parity"]["kendall_tau"] > 0.8
     weights = [(place / "model.weights").stat().st_size for place in (tmp_path / "small", artefact)]
     assert weights[0] < weights[1]
+
+
+def test_int8_weights_are_such_that_no_cpu_cuts_off_the_sum_of_two_products(model: Path, tmp_path: Path) -> None:
+    made("--model", model, "--dtype", "int8", "--output", tmp_path / "small")
+    graph = onnx.load(tmp_path / "small" / "model.onnx").graph
+    arrays = [numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert arrays
+    for weight in arrays:  # (inputs, outputs); two neighbouring inputs, each at most 255, are added up in 16 bits
+        pairs = weight.astype(int).reshape(-1, 2, weight.shape[1])
+        assert (255 * pairs.clip(min=0).sum(axis=1)).max() <= 32767
+        assert (255 * pairs.clip(max=0).sum(axis=1)).min() >= -32768
 
 
 def test_what_int8_would_spoil_stays_float32(tiny: ModelMaker, tmp_path: Path) -> None:
