@@ -192,6 +192,9 @@ def measure(everyone: dict[str, Contestant], given: argparse.Namespace, found: d
 def _report(
     given: argparse.Namespace, everyone: dict[str, Contestant], found: dict[str, Found], missing: dict[str, str], cache: Path
 ) -> int:
+    for name, side in everyone.items():
+        if not side.ours and found[name].difference <= _EXACT:
+            side.reduced = False  # a runtime that chooses its precision by the CPU chose float32 on this one
     cells = [item for side in everyone.values() if side.ours for item in _cells(side, given, found)] + _against_the_best(everyone, given, found)
     rows = {
         name: {

@@ -109,6 +109,7 @@ DEFECTS = [
     Defect("a score that is no number leaves", "scoring", _SCORING, "if math.isfinite(logit):", "if True:", _transcript("13_")),
     Defect("half of a pass is lost when memory runs out", "scoring", _SCORING, "        self._pass(tokens, indices[middle:], outcome)\n", "", _transcript("13_")),
     Defect("the sigmoid is upside down", "scoring", _SCORING, "return power / (1.0 + power)", "return 1.0 / (1.0 + power)", _transcript("01_")),
+    Defect("the threads do not end together", "scoring", _SCORING, "if end_of_all(soonest) >= best:", "if True:", "tests/engine/test_scoring.py"),
     # --- answers
     Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),
     Defect("a partial answer hides what it lacks", "answers", _ANSWERS, "if score is None]", "if score is None and False]", _transcript("10_")),
@@ -119,6 +120,9 @@ DEFECTS = [
     Defect("token types of an untyped model are used", "backends", _ENCODER, "(len(token_type) == 1 or not typed)", "len(token_type) == 1", "tests/backends/test_onnx.py -k untyped"),
     Defect("RoBERTa's positions begin at zero", "backends", _ENCODER, "    if names.first_position:", "    if False:", _ONNX),
     Defect("the last layer's residual is another token", "backends", _GRAPH, "return self._feed_forward(name, layer, context, first)", 'return self._feed_forward(name, layer, context, self._node("Gather", [state, "gather"]))', _ONNX),
+    Defect("the last layer's value loses its bias", "backends", _GRAPH, 'self._constant(name + ".value.bias", layer.value.bias)', 'self._constant(name + ".value.bias", layer.value.bias * np.float32(0.0))', _ONNX),
+    Defect("the last layer looks at empty places", "backends", _GRAPH, 'self._node("Add", [scores, self._node("Squeeze", ["mask", "axis_1"])])', "scores", _ONNX),
+    Defect("int8 sums overflow on older CPUs", "backends", _GRAPH, "_greatest_pair(weight) / np", "np.abs(weight).max(axis=0) / np", "tests/prewarm -k int8"),
     Defect("a leftover tensor is overlooked", "backends", _ENCODER, "    reader.refuse_leftovers()\n", "", "tests/backends/test_onnx.py -k something_else"),
     Defect("int8 without a check of its ranking", "backends", _CHOOSING, 'if dtype == "int8":', "if False:", "tests/backends/test_onnx.py -k precision"),
     Defect("auto never looks for an accelerator", "backends", _CHOOSING, '(config.device == "auto" and may_have_accelerator())', "False", "tests/backends/test_choosing.py"),
