@@ -149,7 +149,7 @@ def _neighbour() -> Iterator[None]:
 
 
 def compare(everyone: dict[str, Contestant], given: argparse.Namespace) -> dict[str, Found]:
-    """The largest difference of a logit from the reference's over one call of each load; also warms everyone up."""
+    """The largest difference of a logit from the reference's over one call of each load; also warms everyone up, and shows which peers are exact."""
     texts = Texts(7)
     worst = dict.fromkeys(everyone, 0.0)
     for name in given.loads:
@@ -158,6 +158,9 @@ def compare(everyone: dict[str, Contestant], given: argparse.Namespace) -> dict[
         for side in everyone.values():
             pairs = [pair for rows in zip(side.score(calls, raw=True)[1], expected, strict=True) for pair in zip(*rows, strict=True)]
             worst[side.name] = max(worst[side.name], *(_difference(mine, logit, side.probabilities) for mine, logit in pairs))
+    for name, side in everyone.items():
+        if not side.ours and worst[name] <= _EXACT:
+            side.reduced = False  # a runtime that chooses its precision by the CPU chose float32 on this one
     return {name: Found(difference) for name, difference in worst.items()}
 
 
@@ -192,9 +195,6 @@ def measure(everyone: dict[str, Contestant], given: argparse.Namespace, found: d
 def _report(
     given: argparse.Namespace, everyone: dict[str, Contestant], found: dict[str, Found], missing: dict[str, str], cache: Path
 ) -> int:
-    for name, side in everyone.items():
-        if not side.ours and found[name].difference <= _EXACT:
-            side.reduced = False  # a runtime that chooses its precision by the CPU chose float32 on this one
     cells = [item for side in everyone.values() if side.ours for item in _cells(side, given, found)] + _against_the_best(everyone, given, found)
     rows = {
         name: {

@@ -1,7 +1,7 @@
 """Writes an encoder as an ONNX graph of standard operators that takes packed pairs (see packing.py) and does nothing in vain.
 
-No padding outside of attention; in the last layer queries, feed-forward and normalization run for the first token of each pair alone, because
-nothing else reaches the score. The same graph serves onnxruntime and OpenVINO.
+No padding outside of attention; the last layer multiplies its weights with the first token of each pair alone, because nothing else reaches the
+score. The same graph serves onnxruntime and OpenVINO.
 Reduced to int8, a linear layer's inputs are rounded by one fixed scale found by calibration, so that a pair's score does not depend on
 the pairs beside it; weights have a scale for each output.
 """
@@ -160,8 +160,8 @@ class _Graph:
             self._table(f"{name}.{kind}", Linear(linear.weight[part], linear.bias[part]), state)
             for kind, linear in (("query", self._scaled(layer.query)), ("key", layer.key), ("value", layer.value))
         )
-        query, key, value = self._heads(query, "group_shape"), self._heads(key, "group_shape", _KEYS), self._heads(value, "group_shape")
-        return self._attention(query, key, value, "group_row_shape")
+        query, key, value = self._heads(query), self._heads(key, _KEYS), self._heads(value)
+        return self._attention(query, key, value)
 
     def _last_layer(self, name: str, layer: Layer, state: str) -> str:
         """One query per pair asks every token, so the key's weights are multiplied with the query and the value's with the sum, once per pair
@@ -195,16 +195,16 @@ class _Graph:
         scale = np.float32(1.0 / np.sqrt(self._width // self._encoder.heads))
         return Linear(query.weight * scale, query.bias * scale)
 
-    def _heads(self, table: str, shape: str, order: Sequence[int] = (0, 2, 1, 3)) -> str:
-        """(pairs, longest, width) to (pairs, heads, longest, width of a head), or another order of these."""
-        return self._node("Transpose", [self._node("Reshape", [table, shape])], perm=list(order))
+    def _heads(self, table: str, order: Sequence[int] = (0, 2, 1, 3)) -> str:
+        """(pairs, longest, width of a group) to (pairs, heads, longest, width of a head), or another order of these."""
+        return self._node("Transpose", [self._node("Reshape", [table, "group_shape"])], perm=list(order))
 
-    def _attention(self, query: str, key: str, value: str, row_shape: str) -> str:
+    def _attention(self, query: str, key: str, value: str) -> str:
         """Rows of (pairs * queries, width)."""
         scores = self._node("MatMul", [query, key])
         weights = self._node("Softmax", [self._node("Add", [scores, "mask"])], axis=-1)
         context = self._node("Transpose", [self._node("MatMul", [weights, value])], perm=[0, 2, 1, 3])
-        return self._node("Reshape", [context, row_shape])
+        return self._node("Reshape", [context, "group_row_shape"])
 
     def _feed_forward(self, name: str, layer: Layer, context: str, state: str) -> str:
         """The rest of a layer behind its attention; `state` is what went in."""

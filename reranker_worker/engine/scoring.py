@@ -7,7 +7,10 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from functools import cache
+from heapq import heapreplace
+from itertools import accumulate, pairwise, starmap
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import Backend, OutOfMemoryError, Pair, Tokens
@@ -114,31 +117,35 @@ def _even_out(lengths: Sequence[int], sizes: Sequence[int], parallel: int, max_p
     `sizes` is how many pairs each has at first.
     """
 
-    def spans(ends: Sequence[int]) -> list[tuple[int, int]]:
-        return sorted(pairwise([0, *ends]), key=lambda span: -_pass_cost(lengths[slice(*span)]))
+    before = [0, *accumulate(lengths)]
+
+    @cache  # each trial below differs from the last in two passes
+    def cost(begin: int, end: int) -> float:
+        """What a pass takes, in tokens: its start, its tokens, and attention's table (pairs, longest)."""
+        table = (end - begin) * lengths[begin]
+        return _PASS_START_TOKENS + before[end] - before[begin] + table * (_TABLE_SHARE + _ATTENTION_SHARE * lengths[begin])
 
     def end_of_all(ends: Sequence[int]) -> float:
         threads = [0.0] * parallel
-        for begin, end in spans(ends):
-            threads[threads.index(min(threads))] += _pass_cost(lengths[begin:end])
+        for dearest in sorted(starmap(cost, pairwise([0, *ends])), reverse=True):
+            heapreplace(threads, threads[0] + dearest)  # the thread that is free first
         return max(threads)
 
+    @cache
     def is_able(begin: int, end: int) -> bool:
-        return 0 < end - begin <= max_pass_pairs and (end - begin == 1 or sum(lengths[begin:end]) <= _MOST_OVER * max_pass_tokens)
+        if not begin < end <= min(begin + max_pass_pairs, len(lengths)):
+            return False
+        return end - begin == 1 or before[end] - before[begin] <= _MOST_OVER * max_pass_tokens
 
     ends = list(accumulate(sizes))
     best = end_of_all(ends)
     while True:
-        moved = [[*ends[:cut], ends[cut] + step, *ends[cut + 1 :]] for cut in range(len(ends) - 1) for step in (-2, -1, 1, 2)]
-        soonest = min((trial for trial in moved if all(is_able(*span) for span in pairwise([0, *trial]))), key=end_of_all, default=ends)
-        if end_of_all(soonest) >= best:
-            return spans(ends)
-        ends, best = soonest, end_of_all(soonest)
-
-
-def _pass_cost(lengths: Sequence[int]) -> float:
-    """What a pass of pairs of these lengths, the longest first, takes, in tokens: its start, its tokens, and attention's table (pairs, longest)."""
-    return _PASS_START_TOKENS + sum(lengths) + len(lengths) * lengths[0] * (_TABLE_SHARE + _ATTENTION_SHARE * lengths[0])
+        moved = ([*ends[:cut], ends[cut] + step, *ends[cut + 1 :]] for cut in range(len(ends) - 1) for step in (-2, -1, 1, 2))
+        able = [trial for trial in moved if all(starmap(is_able, pairwise([0, *trial])))]
+        soonest, trial = min(((end_of_all(trial), trial) for trial in able), key=itemgetter(0), default=(best, ends))
+        if soonest >= best:
+            return sorted(pairwise([0, *ends]), key=lambda span: -cost(*span))
+        ends, best = trial, soonest
 
 
 class Scorer:

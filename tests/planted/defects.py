@@ -109,7 +109,7 @@ DEFECTS = [
     Defect("a score that is no number leaves", "scoring", _SCORING, "if math.isfinite(logit):", "if True:", _transcript("13_")),
     Defect("half of a pass is lost when memory runs out", "scoring", _SCORING, "        self._pass(tokens, indices[middle:], outcome)\n", "", _transcript("13_")),
     Defect("the sigmoid is upside down", "scoring", _SCORING, "return power / (1.0 + power)", "return 1.0 / (1.0 + power)", _transcript("01_")),
-    Defect("the threads do not end together", "scoring", _SCORING, "if end_of_all(soonest) >= best:", "if True:", "tests/engine/test_scoring.py"),
+    Defect("the threads do not end together", "scoring", _SCORING, "if soonest >= best:", "if True:", "tests/engine/test_scoring.py"),
     # --- answers
     Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),
     Defect("a partial answer hides what it lacks", "answers", _ANSWERS, "if score is None]", "if score is None and False]", _transcript("10_")),
