@@ -49,9 +49,9 @@ def test_latency_tells_sizes_loads_and_what_a_large_request_does_to_small_ones(t
     found = medians(body)
     assert found["requests that failed"] == 0
     for name, target_ms in (("one", 50), ("two", 20)):
-        # A document takes half a millisecond, however little the machine has to do besides.
-        assert found[f"{name}, 1 documents, lone, p50"] < found[f"{name}, 50 documents, lone, p50"] < found[f"{name}, 100 documents, lone, p50"]
-        assert found[f"{name}, 100 documents, lone, p50"] >= 50
+        # A document takes half a millisecond, however much the machine has to do besides.
+        for documents in (1, 50, 100):
+            assert found[f"{name}, {documents} documents, lone, p50"] >= documents / 2
         assert {f"{name}, 10 documents at {share}% of the capacity, p99" for share in (25, 50, 75)} <= found.keys()
         # The large request takes 100 ms alone; small ones were sent all the while, and count in batches of this setting.
         beside = f"{name}, 10 documents beside 200, p95"
@@ -63,9 +63,10 @@ def test_latency_tells_sizes_loads_and_what_a_large_request_does_to_small_ones(t
 
 
 def test_startup_times_the_worker_until_it_is_ready_and_has_answered(tmp_path: Path) -> None:
-    slow = ("--contestant", "slow:backend=fake,model=load_ms=300")
+    slow = ("--contestant", "slow:backend=fake,model=load_ms=2000")
     found = medians(run(tmp_path, "startup", "--contestant", "quick:backend=fake", *slow, "--rounds", "1", "--no-original"))
-    assert found["quick, exec to ready"] + 0.1 < found["slow, exec to ready"] < found["slow, exec to the first answer"]
+    assert 0 < found["quick, exec to ready"] < found["quick, exec to the first answer"]
+    assert 2 <= found["slow, exec to ready"] < found["slow, exec to the first answer"]
 
 
 def test_memory_is_that_of_front_and_engine_and_grows_are_told(tmp_path: Path) -> None:
@@ -77,10 +78,11 @@ def test_memory_is_that_of_front_and_engine_and_grows_are_told(tmp_path: Path) -
 
 def test_owncost_compares_the_worker_with_the_bare_backend_at_equal_scores(tmp_path: Path) -> None:
     settings = ("--contestant", "one:backend=fake", "--model", "pair_us=300")
-    found = medians(run(tmp_path, "owncost", *settings, "--documents", "40", "--rounds", "2"))
-    assert found["one, 40 documents, bare backend"] >= 12
+    found = medians(run(tmp_path, "owncost", *settings, "--documents", "40", "--rounds", "1"))
+    worker, bare = found["one, 40 documents, worker"], found["one, 40 documents, bare backend"]
+    assert min(worker, bare) >= 12  # 40 times 300 us
+    assert found["one, worker : bare backend"] == pytest.approx(worker / bare)
     assert found["one, largest difference of a logit"] == 0
-    assert found["one, worker : bare backend"] > 0.8
 
 
 @pytest.mark.parametrize("name", ["latency", "startup", "memory", "owncost"])

@@ -128,9 +128,8 @@ def test_ten_times_the_load_is_refused_at_once_and_what_was_accepted_is_answered
     host = spawn("--model", "pair_us=1000", "--max-waiting-requests", "40")
     host.wait_ready()
     total = 400
-    begin = time.monotonic()
     host.queue(*(request([f"{n} {m}" for m in range(10)], id=n) for n in range(total)))
-    refused_after, answers = [], {}
+    answers = {}
     for _ in range(total):
         answer = host.read_line()
         assert answer["id"] not in answers
@@ -139,14 +138,15 @@ def test_ten_times_the_load_is_refused_at_once_and_what_was_accepted_is_answered
             assert answer["code"] == "OVERLOADED"
             assert answer["retryable"] is True
             assert 1 <= answer["retry_after_ms"] <= 60_000
-            refused_after.append(time.monotonic() - begin)
     accepted = {n: answer for n, answer in answers.items() if "scores" in answer}
+    refused = total - len(accepted)
     assert len(accepted) >= 40
-    assert len(refused_after) > 100
-    assert min(refused_after) < 0.5, "refused long before the queue is done"
+    assert refused > 100
+    order = ["code" in answer for answer in answers.values()]
+    assert order.index(True) < total - order[::-1].index(False) - 20, "refused long before the queue is done"
     for n, answer in accepted.items():
         expect_scores(answer, [f"{n} {m}" for m in range(10)])
-    assert host.ask({"type": "stats"})["errors"] == {"OVERLOADED": len(refused_after)}
+    assert host.ask({"type": "stats"})["errors"] == {"OVERLOADED": refused}
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,8 @@ def test_each_limit_of_the_queue_refuses_and_a_retry_is_accepted_later(spawn, fl
     host = spawn(*flags)
     host.wait_ready()
     host.send(request(["fake:sleep 400", *fill], id="fill"))
-    begin = time.monotonic()
-    answer = host.ask(request(more, id="more"))
+    answer = host.ask(request(more, id="more"))  # the first line that comes: what fills the queue is still being scored
     assert (answer["id"], answer["code"]) == ("more", "OVERLOADED")
-    assert time.monotonic() - begin < 0.3
     assert host.read_line()["id"] == "fill"
     assert host.ask(request(more, id="more"))["num_documents"] == len(more)
 
