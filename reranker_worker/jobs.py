@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from reranker_worker.protocol import Group
 
 
+# So many later batches at most overtake a part of a long request.
+_MOST_OVERTAKING = 4
+
+
 def in_input_order(groups: Sequence[Group]) -> tuple[list[tuple[str, Sequence[str]]], None]:
     """A request's groups as they stand."""
     return [(group.query, group.documents) for group in groups], None
@@ -143,17 +147,26 @@ class Slice:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """One send to an engine. `groups` is what travels: [query, max_length, max_document_tokens, instruction, documents]."""
+    """One send to an engine. `groups` is what travels: [query, max_length, max_document_tokens, instruction, documents].
+
+    `alone`: nothing may be sent beside it. `part`: it makes no request whole, so that a few later ones may overtake it.
+    """
 
     number: int
     slices: list[Slice]
     estimated_tokens: int
     expected_ms: float = 0.0
     alone: bool = False
+    part: bool = False
 
     @property
     def num_pairs(self) -> int:
         return sum(item.stop - item.start for item in self.slices)
+
+    @property
+    def order(self) -> int:
+        """Its place among the batches that wait in the engine, lowest first."""
+        return self.number + (_MOST_OVERTAKING + 1 if self.part else 0)
 
     @property
     def groups(self) -> list[list[object]]:

@@ -16,6 +16,7 @@ _TOKENS_PER_PAIR = 80.0  # passages
 _SPECIAL_TOKENS = 3
 _LONG_TOKENS = 512  # a longer pair is cut to the model's limit, so that it costs no more than this; `ready` corrects it
 _BLEND = 0.3  # weight of the newest report
+_FIRST_MS = 50.0  # a first estimate weighs as much as a batch of this length
 _MOST_TOKENS_PER_CHAR = 2.0
 _STR_OVERHEAD_BYTES = sys.getsizeof("")
 
@@ -25,7 +26,7 @@ class Pace:
     keep the engine busy; `packed`: it pads nothing, so that pairs of any lengths may meet in a batch."""
 
     def __init__(self) -> None:
-        self.tokens_per_ms = _TOKENS_PER_MS
+        self.assume(_TOKENS_PER_MS)
         self.tokens_per_pair = _TOKENS_PER_PAIR
         self.longest_tokens = _LONG_TOKENS
         self.pass_tokens = 0
@@ -35,6 +36,7 @@ class Pace:
     def assume(self, tokens_per_ms: float) -> None:
         """Start from a speed that an engine measured, before any batch was scored."""
         self.tokens_per_ms = max(0.1, tokens_per_ms)
+        self._tokens, self._ms = self.tokens_per_ms * _FIRST_MS, _FIRST_MS
 
     def budget_tokens(self, target_ms: float) -> float:
         """Tokens of a batch that takes about `target_ms`, but at least one full pass: on a slow machine less would only cost more."""
@@ -75,6 +77,7 @@ class Pace:
             text_tokens = max(1, tokens - _SPECIAL_TOKENS * batch.num_pairs)
             self._tokens_per_char += _BLEND * (min(_MOST_TOKENS_PER_CHAR, text_tokens / chars) - self._tokens_per_char)
         self.tokens_per_pair += _BLEND * (tokens / batch.num_pairs - self.tokens_per_pair)
-        speed = tokens / max(elapsed, 0.01)
-        # A small batch says little of the speed of a full one; grow at most twofold at a time.
-        self.tokens_per_ms += _BLEND * (min(speed, 4 * self.tokens_per_ms) - self.tokens_per_ms)
+        # The speed of the last batches together: of two that end at once, one is charged the time and the other next to nothing.
+        self._tokens += tokens - _BLEND * self._tokens
+        self._ms += max(elapsed, 0.01) - _BLEND * self._ms
+        self.tokens_per_ms = min(self._tokens / self._ms, 2 * self.tokens_per_ms)

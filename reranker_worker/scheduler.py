@@ -64,14 +64,17 @@ class Scheduler:
             heapq.heappush(self._deadlines, (job.deadline, job.number))
         self._rotations.setdefault(job.priority, deque()).append(job)
 
-    def next_batch(self, now: float, *, idle: bool = True, max_pairs: int | None = None) -> Batch | None:
-        """The next batch for an engine, or None. `idle`: that engine has nothing in flight (suspects are only sent to such)."""
+    def next_batch(self, now: float, *, idle: bool = True, max_pairs: int | None = None, parts: bool = True) -> Batch | None:
+        """The next batch for an engine, or None. `idle`: that engine has nothing in flight (suspects are only sent to such).
+
+        `parts`: it may be a part of a request that is too long for one batch (asked only where the engine packs).
+        """
         if self._suspects:
             return self._suspect_batch(now) if idle else None
         limit = min(self._max_batch_pairs, max_pairs or self._max_batch_pairs)
         budget = self.pace.budget_tokens(self._batch_target_ms)
         if self.pace.packed:
-            return self._packed_batch(now, limit, budget)
+            return self._packed_batch(now, limit, budget, parts=parts)
         if budget < _FEW_PASSES * self.pace.pass_tokens:
             return self._narrow_batch(now, limit, _ROOM_FOR_PADDING * budget)
         slices: list[Slice] = []
@@ -213,26 +216,29 @@ class Scheduler:
                 return self._batch(slices, tokens, alone=True)
         return self.next_batch(now)
 
-    def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False) -> Batch:
+    def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False, part: bool = False) -> Batch:
         self._batch_number += 1
-        return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone)
+        return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone, part)
 
-    def _packed_batch(self, now: float, limit: int, budget: float) -> Batch | None:
+    def _packed_batch(self, now: float, limit: int, budget: float, *, parts: bool) -> Batch | None:
         """A batch for an engine that pads nothing: requests with the fewest pairs left come first, so that a small one behind a large one is
         whole after its own work; but of four batches in a row one begins with the oldest, so that a stream of small ones starves none."""
         jobs = self._waiting_jobs()
         if not jobs:
             return None
         oldest = min(jobs, key=lambda job: (job.priority, job.number))
-        if self._batches_past_oldest < _TURNS - 1:
+        if self._batches_past_oldest < _TURNS - 1 or not parts:
             jobs.sort(key=lambda job: (job.priority, job.missing))
         else:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
         tokens, room = 0.0, limit
         whole = 2 * budget  # a batch may take longer than its target if that makes a request whole: in two, it would be sent in two
-        if jobs[0].unsent * self.pace.tokens_per_pair > whole:
-            # Two batches are in flight: those of a long request take the target time together, so that a newcomer waits for little.
+        is_part = jobs[0].unsent * self.pace.tokens_per_pair > whole
+        if is_part:
+            if not parts:
+                return None
+            # Two batches are being scored: those of a long request take the target time together, so that a newcomer waits for little.
             budget = whole = self.pace.budget_tokens(self._batch_target_ms / 2)
         unsent = oldest.unsent
         for job in jobs:
@@ -247,7 +253,7 @@ class Scheduler:
             if room <= 0:
                 break
         self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0
-        return self._batch(slices, tokens) if slices else self._packed_batch(now, limit, budget)
+        return self._batch(slices, tokens, part=is_part) if slices else self._packed_batch(now, limit, budget, parts=parts)
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.

@@ -249,7 +249,7 @@ class Worker:
     # --- engines -------------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, now: float) -> None:
-        """Keep every engine supplied with two batches: each gets its first before any gets its second."""
+        """Keep every engine supplied: each gets its first batch before any gets its second."""
         self._expire(now)
         supplied = True
         while supplied and self.scheduler.has_unsent:
@@ -257,7 +257,9 @@ class Worker:
             ready = self.fleet.ready
             share = max(_LEAST_SHARE_PAIRS, -(-self.scheduler.waiting_pairs // len(ready))) if len(ready) > 1 else None
             for engine in ready:
-                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share) if engine.has_room else None
+                if not engine.has_room:
+                    continue
+                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share, parts=engine.has_room_for_part)
                 if batch is not None:
                     self.fleet.send(engine, batch, now)
                     supplied = True

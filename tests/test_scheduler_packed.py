@@ -98,6 +98,24 @@ def test_a_stream_of_small_requests_does_not_starve_a_large_one() -> None:
     assert batches_until(scheduler, 1) <= 4 * (30 // (PAIRS_A_BATCH - 1) + 1)
 
 
+def test_without_room_for_a_part_only_what_is_whole_with_a_batch_is_sent() -> None:
+    for before in range(5):  # also when it is the turn of the oldest
+        scheduler = make()
+        scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+        assert scheduler.next_batch(0.0, parts=False) is None
+        for number in range(before):
+            scheduler.add(make_job(10 + number, *texts(f"{number}.", 2, CHARS)))
+            assert scheduler.next_batch(0.0, parts=False) is not None
+        scheduler.add(make_job(2, *texts("small", 2, CHARS)))
+        batch = scheduler.next_batch(0.0, parts=False)
+        assert batch is not None
+        assert batch.slices[0].job.number == 2
+        assert not batch.part
+        last = scheduler.next_batch(0.0)
+        assert last is not None
+        assert last.part
+
+
 def test_a_better_priority_comes_before_a_smaller_request() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("small", 2, CHARS), priority=5))

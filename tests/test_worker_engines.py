@@ -21,6 +21,23 @@ def test_an_engine_gets_two_batches_and_the_next_when_it_has_answered_one() -> N
     assert hall.in_flight() == ["b", "c"]
 
 
+def test_a_small_request_is_sent_at_once_though_parts_of_a_long_one_wait_in_the_engine() -> None:
+    hall = Hall(start=False, max_documents=5000)
+    hall.ready(packed=True)
+    hall.lines()
+    hall.rerank(*(f"{number}".ljust(400, ".") for number in range(2000)), id="long")
+    assert len(hall.links[0].frames) == 3
+    hall.rerank("small", id="small")
+    *parts, small = hall.links[0].frames
+    assert hall.in_flight()[-1] == "small"
+    assert small["order"] < min(part["order"] for part in parts)
+    hall.links[0].frames = [small, *parts]
+    hall.score()
+    assert hall.line()["id"] == "small"
+    hall.score_all()
+    assert len(hall.line()["scores"]) == 2000
+
+
 def test_every_engine_gets_its_first_batch_before_any_gets_its_second() -> None:
     hall = Hall(engines=3)
     hall.rerank(*(f"{number}" for number in range(96)))

@@ -1,9 +1,9 @@
 """A backend without a model: the logit is a hash of the pair, so that a mixed-up answer shows. For tests and for hosts.
 
-Its `--model` may set its pace as `load_ms=500&pair_us=20`, or `fail=66` to fail
-the start with an exit code. A document that begins with `fake:` asks for a fault:
+Its `--model` may set its pace as `load_ms=500&pair_us=20`, how many passes run side by side as `parallel=2`, or `fail=66` to fail the start
+with an exit code. A document that begins with `fake:` asks for a fault:
 `fake:kill N` (signal N), `fake:exit N`, `fake:hang`, `fake:sleep MS`, `fake:nan`, `fake:oom` (more than one pair in a pass),
-`fake:oom1` (always), `fake:raise`, `fake:print` (noise on every stream a library could use).
+`fake:oom1` (always), `fake:raise`, `fake:tokenize` (raised before it is scored), `fake:print` (noise on every stream a library could use).
 """
 
 from __future__ import annotations
@@ -46,20 +46,30 @@ class FakeBackend:
         try:
             self._pair_seconds = float(options.get("pair_us", ["0"])[0]) / 1e6
             load_seconds = float(options.get("load_ms", ["0"])[0]) / 1e3
+            parallel = int(options.get("parallel", ["1"])[0])
         except ValueError:
-            raise BackendError("The fake backend takes --model 'load_ms=NUMBER&pair_us=NUMBER'.", 78) from None
+            raise BackendError("The fake backend takes --model 'load_ms=NUMBER&pair_us=NUMBER&parallel=NUMBER'.", 78) from None
         if "fail" in options:
             raise BackendError("The fake backend was told to fail to load.", int(options["fail"][0]))
         if load_seconds:
             time.sleep(load_seconds)
         self.info = BackendInfo(
-            backend="fake", device="cpu", dtype="float32", max_length=_MAX_LENGTH, activation="sigmoid", max_pass_tokens=512, least_batch_tokens=512
+            backend="fake",
+            device="cpu",
+            dtype="float32",
+            max_length=_MAX_LENGTH,
+            activation="sigmoid",
+            max_pass_tokens=512,
+            parallel_passes=parallel,
+            least_batch_tokens=512,
         )
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[Tokens]:
         """Four characters are one token; the query alone must fit."""
         tokens: list[Tokens] = []
         for pair in pairs:
+            if pair.document.startswith("fake:tokenize"):
+                raise ValueError(pair.document)
             query_tokens = len(pair.query) // _CHARS_PER_TOKEN + _SPECIAL_TOKENS
             length = query_tokens + len(pair.document) // _CHARS_PER_TOKEN
             cut = length > pair.max_length

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from reranker_worker.backends import Backend, BackendError, library_versions, open_backend
@@ -75,13 +76,13 @@ def _isolate(front_pid: int) -> None:
 
 
 class _Engine:
-    """The loop. `_incoming` carries frames to the tokenizing thread, `_started` batches that are being scored to the answering one."""
+    """The loop. `_incoming` carries frames to the tokenizing thread, `_passed` a batch to the answering one each time that a share of it ends."""
 
     def __init__(self, requests_fd: int, results_fd: int) -> None:
         self._requests_fd = requests_fd
         self._results_fd = results_fd
         self._incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._started: queue.SimpleQueue[Started | BaseException] = queue.SimpleQueue()
+        self._passed: queue.SimpleQueue[Started | BaseException] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._last_sent = 0.0
 
@@ -91,10 +92,13 @@ class _Engine:
         config = Config(**self._incoming.get()["config"])
         scorer = self._load(config)
         while True:
-            started = self._started.get()
+            started = self._passed.get()
             if isinstance(started, BaseException):
                 raise started
-            self._send(scorer.finish(started))
+            # Whatever is whole is answered: a batch that ends before one that began earlier does not wait for it.
+            started.unfinished -= 1
+            if started.unfinished <= 0:
+                self._send(scorer.finish(started))
 
     def _read(self) -> None:
         frames = FrameReader()
@@ -112,12 +116,19 @@ class _Engine:
     def _tokenize(self, scorer: Scorer) -> None:
         try:
             while True:
-                self._started.put(scorer.start(scorer.prepare(self._incoming.get()), self._progress))
+                started = scorer.start(scorer.prepare(self._incoming.get()), self._progress)
+                if not started.futures:
+                    self._passed.put(started)
+                for future in started.futures:
+                    future.add_done_callback(partial(self._tell, started))
         except BaseException as error:  # handed to the main thread, which ends the process
-            try:
-                self._started.put(error)
-            except MemoryError:  # not even that: the main thread would wait for ever
-                _abandon()
+            self._tell(error)
+
+    def _tell(self, news: Started | BaseException, _: object = None) -> None:
+        try:
+            self._passed.put(news)
+        except MemoryError:  # the main thread would wait for ever
+            _abandon()
 
     def _load(self, config: Config) -> Scorer:
         """Open the model and make every thread before `ready`: afterwards there may be no memory for one, and nobody would be told."""

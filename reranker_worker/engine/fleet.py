@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from reranker_worker.config import Config
 
-MOST_IN_FLIGHT = 2
+# One is scored while the next is on its way. Parts of a long request are single passes on a machine with two threads, so that a third one waits
+# for the thread that is free first; nobody waits for it, as others overtake it.
+_MOST_WHOLE, _MOST_PARTS = 2, 3
 # An engine without progress is given this long after a deadline has passed, or four times its slowest pass.
 _GRACE_SECONDS = 1.0
 _GRACE_PASSES = 4.0
@@ -95,9 +97,14 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """True when another batch may be sent: two at most, and nothing beside a batch that is tried alone."""
+        """True when another batch may be sent: two at most, not counting parts, and nothing beside a batch that is tried alone."""
         batches = self.in_flight.values()
-        return self.state == "ready" and len(batches) < MOST_IN_FLIGHT and not any(batch.alone for batch in batches)
+        return self.state == "ready" and sum(not batch.part for batch in batches) < _MOST_WHOLE and not any(batch.alone for batch in batches)
+
+    @property
+    def has_room_for_part(self) -> bool:
+        """True when it may be a part of a long request."""
+        return self.has_room and len(self.in_flight) < _MOST_PARTS
 
     def status(self, now: float) -> EngineStatus:
         """A snapshot for reports."""
@@ -136,7 +143,7 @@ class Fleet:
         if not engine.in_flight:
             engine.progress_at = now
         engine.in_flight[batch.number] = batch
-        engine.link.send({"op": "score", "batch": batch.number, "groups": batch.groups})
+        engine.link.send({"op": "score", "batch": batch.number, "order": batch.order, "groups": batch.groups})
 
     def on_frame(self, engine: Engine, frame: dict[str, Any], now: float) -> Event:
         """What an engine said. A frame that makes no sense kills the engine (its death is reported by `on_death`)."""
@@ -271,10 +278,12 @@ class Fleet:
     def _stalled_at(self, engine: Engine) -> float:
         if engine.state != "ready" or not engine.in_flight:
             return float("inf")
-        # Batches are scored in the order in which they were sent: the first is the one that hangs.
-        batch = next(iter(engine.in_flight.values()))
-        grace = max(_GRACE_SECONDS, _GRACE_PASSES * max(engine.slowest_seconds, batch.expected_ms / 1e3))
-        return min(engine.progress_at + self._stall_seconds, max(batch.first_deadline, engine.progress_at) + grace)
+        # Which of them hangs is not known: they overtake each other.
+        batches = engine.in_flight.values()
+        expected_seconds = max(batch.expected_ms for batch in batches) / 1e3
+        grace = max(_GRACE_SECONDS, _GRACE_PASSES * max(engine.slowest_seconds, expected_seconds))
+        deadline = min(batch.first_deadline for batch in batches)
+        return min(engine.progress_at + self._stall_seconds, max(deadline, engine.progress_at) + grace)
 
     def _kill(self, engine: Engine, reason: str) -> None:
         engine.kill_reason = reason

@@ -1,7 +1,8 @@
 """The inner wire between front and engine: a 4-byte little-endian length, then JSON. Bounded; no pickle, so neither side can run the other's bytes.
 
-Front to engine: {"op": "load", "config": {...}}, then {"op": "score", "batch": n, "groups": [[query, max_length, max_document_tokens,
-instruction, [document, ...]], ...]}. Engine to front: {"event": "loading" | "ready" | "load_failed" | "progress" | "scored" | "failed", ...}.
+Front to engine: {"op": "load", "config": {...}}, then {"op": "score", "batch": n, "order": n, "groups": [[query, max_length,
+max_document_tokens, instruction, [document, ...]], ...]}; what waits with the lowest order is scored first.
+Engine to front: {"event": "loading" | "ready" | "load_failed" | "progress" | "scored" | "failed", ...}.
 """
 
 from __future__ import annotations

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from heapq import heapreplace
 from itertools import accumulate, pairwise, starmap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from reranker_worker.backends import Backend, OutOfMemoryError, Pair, Tokens
+from reranker_worker.engine.crew import Crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from reranker_worker.config import Config
 
@@ -46,6 +46,7 @@ class Prepared:
     """A tokenized batch on its way to the model."""
 
     batch: int
+    order: int  # of batches that wait, the one with the lowest is scored first
     tokens: list[Tokens]
     refused: set[int]  # pairs with an instruction that the model cannot take
     tokenize_ms: float
@@ -60,12 +61,16 @@ class _Outcome:
 
 @dataclass(slots=True)
 class Started:
-    """A batch whose passes are under way. `begin` in seconds of time.perf_counter."""
+    """A batch whose passes are under way, a future for each thread's share. `begin` in seconds of time.perf_counter."""
 
     prepared: Prepared
     outcome: _Outcome
     begin: float
     futures: list[Future[None]]
+    unfinished: int = field(init=False)  # shares whose end was not yet told
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.futures)
 
 
 def plan_passes(lengths: Sequence[int], max_pass_tokens: int, max_pass_pairs: int) -> list[list[int]]:
@@ -160,10 +165,7 @@ class Scorer:
         self._batch_size = config.batch_size
         self._want_model_scores = config.scores == "model"
         self._parallel = backend.info.parallel_passes
-        self._pool = ThreadPoolExecutor(self._parallel, thread_name_prefix="score")
-        # The threads are made now: one that cannot be made later, for want of memory, would leave a batch without an end.
-        everyone = threading.Barrier(self._parallel)
-        wait([self._pool.submit(everyone.wait) for _ in range(self._parallel)])
+        self._crew = Crew(self._parallel)
         self._last_finish = 0.0
         self.max_pass_tokens = config.max_pass_tokens or backend.info.max_pass_tokens
 
@@ -177,10 +179,10 @@ class Scorer:
         ]
         tokens = self._backend.tokenize(pairs)
         refused = {index for index, pair in enumerate(pairs) if pair.instruction} if not self._backend.info.instruction else set()
-        return Prepared(frame["batch"], tokens, refused, (time.perf_counter() - begin) * 1e3)
+        return Prepared(frame["batch"], frame.get("order", frame["batch"]), tokens, refused, (time.perf_counter() - begin) * 1e3)
 
     def start(self, prepared: Prepared, progress: Callable[[int], None]) -> Started:
-        """Hand a batch's passes to the scoring threads, behind those of the batch before it, so that none of them is ever idle.
+        """Hand a batch's passes to the scoring threads, behind those of lower order, so that none of them is ever idle.
 
         `progress` is called with the batch's number after each pass, from the thread that scored it.
         """
@@ -203,7 +205,7 @@ class Scorer:
                     self._abandon()
                 raise
 
-        return Started(prepared, outcome, time.perf_counter(), [self._pool.submit(run, share) for share in shares])
+        return Started(prepared, outcome, time.perf_counter(), [self._crew.submit(prepared.order, partial(run, share)) for share in shares])
 
     def _plan(self, lengths: Sequence[int]) -> list[list[int]]:
         most = self.max_pass_tokens
@@ -214,7 +216,7 @@ class Scorer:
         return plan_passes(lengths, most, self._batch_size)
 
     def finish(self, started: Started) -> dict[str, Any]:
-        """Wait for a batch; its `scored` frame. Call it in the order of `start`. Raises EngineSickError when the device is lost."""
+        """Wait for a batch; its `scored` frame. Raises EngineSickError when the device is lost."""
         for future in started.futures:
             future.result()
         now = time.perf_counter()

@@ -66,6 +66,44 @@ def test_the_least_busy_engine_comes_first_and_two_batches_fill_one() -> None:
     assert [[frame["batch"] for frame in link.frames] for link in links] == [[first.number, second.number], [third.number]]
 
 
+def test_parts_of_a_long_request_leave_room_for_a_whole_one_that_overtakes_them() -> None:
+    fleet, links = make()
+    (engine,) = fleet.engines
+    *parts, whole, second = batches("a", "b", "c", "d", "e")
+    for part in parts:
+        assert engine.has_room_for_part
+        part.part = True
+        fleet.send(engine, part, 0.0)
+    assert not engine.has_room_for_part
+    assert engine.has_room
+    fleet.send(engine, whole, 0.0)
+    assert engine.has_room
+    fleet.send(engine, second, 0.0)
+    assert not engine.has_room
+    orders = [frame["order"] for frame in links[0].frames]
+    assert max(orders[3:]) < min(orders[:3])
+
+
+def test_no_more_than_four_later_batches_overtake_a_part_of_a_long_request() -> None:
+    fleet, links = make()
+    (part, *others) = batches(*"abcdefg")
+    part.part = True
+    for batch in (part, *others):
+        fleet.send(fleet.engines[0], batch, 0.0)
+    first, *rest = (frame["order"] for frame in links[0].frames)
+    assert sum(order < first for order in rest) <= 4
+    assert rest == sorted(rest)
+
+
+def test_a_batch_that_hangs_is_noticed_by_its_own_deadline_though_others_were_sent_before() -> None:
+    fleet, _ = make()
+    (patient,), (urgent,) = batches("a", deadline=1000.0), batches("b", deadline=10.0)
+    urgent.number += 1
+    fleet.send(fleet.engines[0], patient, 5.0)
+    fleet.send(fleet.engines[0], urgent, 5.0)
+    assert fleet.next_wakeup() == pytest.approx(11.0, abs=0.5)
+
+
 def test_nothing_is_sent_beside_a_batch_that_is_tried_alone() -> None:
     fleet, _ = make()
     (batch,) = batches("a")

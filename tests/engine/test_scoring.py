@@ -276,6 +276,31 @@ class Crew(Room):
         return super().score(batch)
 
 
+class Gate(Room):
+    """A backend whose passes end when the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def score(self, batch: Sequence[Tokens]) -> list[float]:
+        self.entered.set()
+        assert self.open.wait(30)
+        return super().score(batch)
+
+
+def test_of_the_batches_that_wait_the_one_with_the_lowest_order_is_scored_first() -> None:
+    gate = Gate()
+    scorer = Scorer(gate, Config(), lambda line: None)
+    frames = [{"batch": number, "order": order, "groups": [["q", 0, 0, "", [str(number)]]]} for number, order in ((1, 5), (2, 6), (3, 3), (4, 6))]
+    started = [scorer.start(scorer.prepare(frames[0]), lambda batch: None)]
+    assert gate.entered.wait(30)  # the first is under way: nobody overtakes it
+    started += [scorer.start(scorer.prepare(frame), lambda batch: None) for frame in frames[1:]]
+    gate.open.set()
+    assert [scorer.finish(batch)["logits"] for batch in started] == [[logit(str(number))] for number in (1, 2, 3, 4)]
+    assert gate.passes == [["1"], ["3"], ["2"], ["4"]]
+
+
 def test_passes_run_side_by_side_when_the_backend_allows_it() -> None:
     documents = ["d" * 40 + str(number) for number in range(8)]
     frame = score(Crew(), *documents)

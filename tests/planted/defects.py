@@ -36,11 +36,15 @@ _WORKER = "reranker_worker/worker.py"
 _DESK = "reranker_worker/desk.py"
 _ADMISSION = "reranker_worker/admission.py"
 _SCHEDULER = "reranker_worker/scheduler.py"
+_JOBS = "reranker_worker/jobs.py"
+_PACE = "reranker_worker/pace.py"
 _SHARING = "reranker_worker/sharing.py"
 _ORDERING = "reranker_worker/ordering.py"
 _FLEET = "reranker_worker/engine/fleet.py"
 _RESTARTS = "reranker_worker/engine/restarts.py"
 _SCORING = "reranker_worker/engine/scoring.py"
+_CHILD = "reranker_worker/engine/child.py"
+_CREW = "reranker_worker/engine/crew.py"
 _FRAMES = "reranker_worker/engine/frames.py"
 _QUARANTINE = "reranker_worker/quarantine.py"
 _PACKING = "reranker_worker/backends/packing.py"
@@ -87,6 +91,10 @@ DEFECTS = [
     Defect("one length keeps its turn", "scheduling", _SCHEDULER, "        self._rotations[head.priority].rotate(-1)\n", "", "tests/test_scheduler_narrow.py"),
     Defect("a request of little more than a batch is sent in two", "scheduling", _SCHEDULER, "whole = 2 * budget", "whole = budget", "tests/test_scheduler_packed.py"),
     Defect("a whole request waits for a part of a long one", "scheduling", _SCHEDULER, "budget = min(budget, self.pace.pass_tokens)", "pass", "tests/test_scheduler_packed.py"),
+    Defect("nothing overtakes a part of a long request", "scheduling", _JOBS, "(_MOST_OVERTAKING + 1 if self.part else 0)", "0", "tests/engine/test_fleet.py"),
+    Defect("parts of a long request take the room of whole ones", "scheduling", _FLEET, "sum(not batch.part for batch in batches) < _MOST_WHOLE", "len(batches) < _MOST_WHOLE", "tests/engine/test_fleet.py"),
+    Defect("parts of a long request fill the engine", "scheduling", _SCHEDULER, "            if not parts:\n                return None\n", "", "tests/test_scheduler_packed.py"),
+    Defect("batches that end at once count as speed", "scheduling", _PACE, "min(self._tokens / self._ms, 2 * self.tokens_per_ms)", "self.tokens_per_ms + 0.3 * (min(tokens / max(elapsed, 0.01), 4 * self.tokens_per_ms) - self.tokens_per_ms)", "tests/test_scheduler.py"),
     Defect("pairs of any length meet", "scheduling", _SCHEDULER, "if -item[0] <= longest]", "if True]", "tests/test_scheduler_narrow.py"),
     Defect("copies in flight are never told", "scheduling", _SHARING, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
     Defect("a copy is told the next pair's score", "scheduling", _SHARING, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
@@ -109,6 +117,9 @@ DEFECTS = [
     Defect("a score that is no number leaves", "scoring", _SCORING, "if math.isfinite(logit):", "if True:", _transcript("13_")),
     Defect("half of a pass is lost when memory runs out", "scoring", _SCORING, "        self._pass(tokens, indices[middle:], outcome)\n", "", _transcript("13_")),
     Defect("the sigmoid is upside down", "scoring", _SCORING, "return power / (1.0 + power)", "return 1.0 / (1.0 + power)", _transcript("01_")),
+    Defect("what waits is scored in the order of its coming", "scoring", _CREW, "self._work.put((order, next", "self._work.put((0, next", "tests/engine/test_scoring.py"),
+    Defect("a quick batch waits for the one before it", "scoring", _CHILD, "                    future.add_done_callback(partial(self._tell, started))", "                    started.unfinished -= 1\n                self._passed.put(started)", "tests/process/test_flow.py -k slower_one"),
+    Defect("an error of the tokenizer leaves the engine deaf", "supervision", _CHILD, "            self._tell(error)", "            pass", "tests/process/test_engine_faults.py -k tokenizer"),
     Defect("the threads do not end together", "scoring", _SCORING, "if soonest >= best:", "if True:", "tests/engine/test_scoring.py"),
     # --- answers
     Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),

@@ -22,6 +22,7 @@ DEADLY = {
     "illegal instruction": "fake:kill 4",
     "exit 0": "fake:exit 0",
     "exit 1": "fake:exit 1",
+    "an error of the tokenizer": "fake:tokenize",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from host import Host, request
-from states import bring_to
+from states import bring_to, in_flight
 
 from reranker_worker.backends.fake import fake_probability
 
@@ -218,6 +218,15 @@ def test_a_heartbeat_does_not_wait_for_requests_without_ids(spawn):
     host.wait_ready()
     host.send(request(["fake:sleep 500"]), {"type": "heartbeat"}, {"type": "live"})
     assert [line.get("type") for line in host.read_lines(3)] == ["heartbeat", "live", None]
+
+
+def test_a_request_that_is_scored_beside_a_slower_one_does_not_wait_for_it(spawn):
+    host = spawn("--model", "parallel=2")
+    host.wait_ready()
+    host.send(request(["fake:sleep 1500"], id="slow"))
+    host.until(lambda: in_flight(host), 5, "a batch in flight")
+    host.send(request(["a"], id="quick"))
+    assert [line["id"] for line in host.read_lines(2)] == ["quick", "slow"]
 
 
 def test_a_lone_request_is_not_delayed_by_batching(spawn):
