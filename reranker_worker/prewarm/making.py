@@ -203,11 +203,12 @@ def _export(source: ResolvedModel, backend: str, dtype: str, place: Path, *, car
 
     ranges = None
     if dtype == "int8":
-        from reranker_worker.prewarm.calibration import calibrate, less_sensitive
+        from reranker_worker.prewarm.calibration import calibrate, less_sensitive, spread_outliers
 
-        ranges = calibrate(encoder, declared, for_calibration())
+        ranges, greatest = calibrate(encoder, declared, for_calibration())
         if careful:
             ranges = less_sensitive(ranges, len(encoder.layers))
+        encoder, ranges = spread_outliers(encoder, ranges, greatest)
     save_graph(encoder, place, ranges)
     for path in sorted(source.path.glob("*.json")):
         if path.name not in (KNOWN_PAIRS_FILE, ARTEFACT_FILE) and not path.name.endswith(".index.json"):

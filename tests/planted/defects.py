@@ -52,6 +52,7 @@ _ENCODER = "reranker_worker/backends/encoder.py"
 _GRAPH = "reranker_worker/backends/onnx_graph.py"
 _CHOOSING = "reranker_worker/backends/choosing.py"
 _ARTEFACTS = "reranker_worker/models/artefacts.py"
+_CALIBRATION = "reranker_worker/prewarm/calibration.py"
 _MAKING = "reranker_worker/prewarm/making.py"
 _ONNX = "tests/backends/test_onnx.py"
 _PREWARM = "tests/prewarm"
@@ -120,6 +121,8 @@ DEFECTS = [
     Defect("what waits is scored in the order of its coming", "scoring", _CREW, "self._work.put((order, next", "self._work.put((0, next", "tests/engine/test_scoring.py"),
     Defect("a quick batch waits for the one before it", "scoring", _CHILD, "                    future.add_done_callback(partial(self._tell, started))", "                    started.unfinished -= 1\n                self._passed.put(started)", "tests/process/test_flow.py -k slower_one"),
     Defect("an error of the tokenizer leaves the engine deaf", "supervision", _CHILD, "            self._tell(error)", "            pass", "tests/process/test_engine_faults.py -k tokenizer"),
+    Defect("an outlier coarsens the steps of all", "scoring", _CALIBRATION, "if reach * _LEAST_GAIN < ranges[name].high:", "if False:", f"{_PREWARM} -k far_beyond"),
+    Defect("copies of an outlier all say the same", "scoring", _CALIBRATION, "layer.up.bias[channels] - lower]", "layer.up.bias[channels]]", f"{_PREWARM} -k far_beyond"),
     Defect("the threads do not end together", "scoring", _SCORING, "if soonest >= best:", "if True:", "tests/engine/test_scoring.py"),
     # --- answers
     Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),

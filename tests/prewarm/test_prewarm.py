@@ -124,6 +124,21 @@ def test_int8_weights_are_such_that_no_cpu_cuts_off_the_sum_of_two_products(mode
         assert (255 * pairs.clip(max=0).sum(axis=1)).min() >= -32768
 
 
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_one_channel_that_reaches_far_beyond_the_others_does_not_coarsen_their_steps(tiny: ModelMaker, tmp_path: Path, activation: str) -> None:
+    far = Path(shutil.copytree(tiny("bert", layers=2, config={"hidden_act": activation}), tmp_path / "model"))
+    weights = load_file(far / "model.safetensors")
+    for number in range(2):
+        part = f"bert.encoder.layer.{number}."
+        weights[part + "intermediate.dense.bias"][0] = 20.0
+        weights[part + "intermediate.dense.weight"][0] *= 5
+        weights[part + "output.dense.weight"][:, 0] *= 0.1
+    save_file(weights, far / "model.safetensors", metadata={"format": "pt"})
+    parity = made("--model", far, "--dtype", "int8", "--output", tmp_path / "small")["parity"]
+    assert parity["max_difference"] > 1e-3, "with steps for that channel the ranking falls apart, and everything stays float32"
+    assert parity["kendall_tau"] > 0.85
+
+
 def test_what_int8_would_spoil_stays_float32(tiny: ModelMaker, tmp_path: Path) -> None:
     spoiled = Path(shutil.copytree(tiny("bert", layers=4), tmp_path / "model"))
     weights = load_file(spoiled / "model.safetensors")
