@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from reranker_worker.protocol import Group
 
 
-# So many later batches at most overtake a part of a long request.
+# So many later batches at most overtake one that may be overtaken.
 _MOST_OVERTAKING = 4
 
 
@@ -149,7 +149,7 @@ class Slice:
 class Batch:
     """One send to an engine. `groups` is what travels: [query, max_length, max_document_tokens, instruction, documents].
 
-    `alone`: nothing may be sent beside it. `part`: it makes no request whole, so that a few later ones may overtake it.
+    `alone`: nothing may be sent beside it. `part`: it makes no request whole. `late`: a few later batches may overtake it.
     """
 
     number: int
@@ -158,6 +158,7 @@ class Batch:
     expected_ms: float = 0.0
     alone: bool = False
     part: bool = False
+    late: bool = False
 
     @property
     def num_pairs(self) -> int:
@@ -166,7 +167,7 @@ class Batch:
     @property
     def order(self) -> int:
         """Its place among the batches that wait in the engine, lowest first."""
-        return self.number + (_MOST_OVERTAKING + 1 if self.part else 0)
+        return self.number + (_MOST_OVERTAKING + 1 if self.late else 0)
 
     @property
     def groups(self) -> list[list[object]]:

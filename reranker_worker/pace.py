@@ -17,6 +17,7 @@ _SPECIAL_TOKENS = 3
 _LONG_TOKENS = 512  # a longer pair is cut to the model's limit, so that it costs no more than this; `ready` corrects it
 _BLEND = 0.3  # weight of the newest report
 _FIRST_MS = 50.0  # a first estimate weighs as much as a batch of this length
+_MOST_TIMES = 8.0  # what a batch is believed to have taken at most, in times of what was expected
 _MOST_TOKENS_PER_CHAR = 2.0
 _STR_OVERHEAD_BYTES = sys.getsizeof("")
 
@@ -78,6 +79,8 @@ class Pace:
             self._tokens_per_char += _BLEND * (min(_MOST_TOKENS_PER_CHAR, text_tokens / chars) - self._tokens_per_char)
         self.tokens_per_pair += _BLEND * (tokens / batch.num_pairs - self.tokens_per_pair)
         # The speed of the last batches together: of two that end at once, one is charged the time and the other next to nothing.
+        # A machine that stood still says nothing; more than a few batches never end together.
+        elapsed = min(max(elapsed, 0.01), _MOST_TIMES * tokens / self.tokens_per_ms)
         self._tokens += tokens - _BLEND * self._tokens
-        self._ms += max(elapsed, 0.01) - _BLEND * self._ms
+        self._ms += elapsed - _BLEND * self._ms
         self.tokens_per_ms = min(self._tokens / self._ms, 2 * self.tokens_per_ms)

@@ -9,6 +9,7 @@ alone, so that only the culprit pays twice.
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ class Scheduler:
         self._open: dict[int, Job] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._batch_number = 0
+        self._part_priority = sys.maxsize  # of the last part of a long request
         self._batches_past_oldest = 0  # without a pair of the one that has waited longest
         self.waiting_pairs = 0
         self.waiting_bytes = 0
@@ -216,9 +218,9 @@ class Scheduler:
                 return self._batch(slices, tokens, alone=True)
         return self.next_batch(now)
 
-    def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False, part: bool = False) -> Batch:
+    def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False, part: bool = False, late: bool = False) -> Batch:
         self._batch_number += 1
-        return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone, part)
+        return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone, part, late)
 
     def _packed_batch(self, now: float, limit: int, budget: float, *, parts: bool) -> Batch | None:
         """A batch for an engine that pads nothing: requests with the fewest pairs left come first, so that a small one behind a large one is
@@ -253,7 +255,13 @@ class Scheduler:
             if room <= 0:
                 break
         self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0
-        return self._batch(slices, tokens, part=is_part) if slices else self._packed_batch(now, limit, budget, parts=parts)
+        if not slices:
+            return self._packed_batch(now, limit, budget, parts=parts)
+        part = is_part and all(item.job.unsent for item in slices)
+        if part:
+            self._part_priority = jobs[0].priority
+        # What makes a request whole overtakes parts, but not those of a better priority.
+        return self._batch(slices, tokens, part=part, late=part or jobs[0].priority > self._part_priority)
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.

@@ -258,6 +258,16 @@ def test_batches_that_end_at_once_do_not_make_the_engine_look_faster() -> None:
         assert 5 <= scheduler.pace.tokens_per_ms <= 20
 
 
+def test_a_machine_that_stood_still_does_not_look_slow_for_long() -> None:
+    scheduler = make()
+    scheduler.pace.assume(10.0)
+    for number in range(10):
+        scheduler.add(make_job(number, *texts(str(number), 50)))
+        run_dry(scheduler, ms=60_000.0 if number == 4 else 50.0, tokens=10)
+        assert scheduler.pace.tokens_per_ms > 2
+    assert scheduler.pace.tokens_per_ms > 6
+
+
 def test_a_growing_speed_is_believed_step_by_step() -> None:
     scheduler = make()
     scheduler.pace.assume(1.0)

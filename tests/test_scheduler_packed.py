@@ -116,6 +116,31 @@ def test_without_room_for_a_part_only_what_is_whole_with_a_batch_is_sent() -> No
         assert last.part
 
 
+def test_a_small_request_overtakes_a_part_of_a_long_one_unless_its_priority_is_worse() -> None:
+    for priority, overtakes in ((0, True), (3, True), (4, False)):
+        scheduler = make()
+        scheduler.add(make_job(1, *texts("large", 60, CHARS), priority=3))
+        part = None
+        while scheduler.jobs()[0].unsent:
+            batch = scheduler.next_batch(0.0)
+            assert batch is not None
+            part = batch if batch.part else part
+        assert part is not None
+        scheduler.add(make_job(2, *texts("small", 2, CHARS), priority=priority))
+        small = scheduler.next_batch(0.0)
+        assert small is not None
+        assert (small.order < part.order) == overtakes
+
+
+def test_a_batch_that_makes_a_request_whole_is_no_part() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("short", 60, 8)))  # in pairs of the usual length it would be far too long for one batch
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert not scheduler.jobs()[0].unsent
+    assert not batch.part
+
+
 def test_a_better_priority_comes_before_a_smaller_request() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("small", 2, CHARS), priority=5))

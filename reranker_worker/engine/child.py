@@ -121,7 +121,7 @@ class _Engine:
                     self._passed.put(started)
                 for future in started.futures:
                     future.add_done_callback(partial(self._tell, started))
-        except BaseException as error:  # handed to the main thread, which ends the process
+        except BaseException as error:  # handed to the main thread, which ends the process; what is being scored is scored again
             self._tell(error)
 
     def _tell(self, news: Started | BaseException, _: object = None) -> None:

@@ -106,6 +106,12 @@ class Engine:
         """True when it may be a part of a long request."""
         return self.has_room and len(self.in_flight) < _MOST_PARTS
 
+    def makes_progress(self, frame: dict[str, Any]) -> bool:
+        """False for news of a batch behind one that must have been begun before: if that one hangs, its thread alone stands still."""
+        number = frame.get("batch")
+        batch = self.in_flight.get(number) if isinstance(number, int) else None
+        return batch is None or not any(other.number < batch.number and other.order < batch.order for other in self.in_flight.values())
+
     def status(self, now: float) -> EngineStatus:
         """A snapshot for reports."""
         progress_ms = round((now - self.progress_at) * 1e3, 3) if self.in_flight or self.state == "loading" else None
@@ -147,9 +153,10 @@ class Fleet:
 
     def on_frame(self, engine: Engine, frame: dict[str, Any], now: float) -> Event:
         """What an engine said. A frame that makes no sense kills the engine (its death is reported by `on_death`)."""
-        if engine.in_flight:
-            engine.slowest_seconds = max(engine.slowest_seconds, now - engine.progress_at)
-        engine.progress_at = now
+        if engine.makes_progress(frame):
+            if engine.in_flight:
+                engine.slowest_seconds = max(engine.slowest_seconds, now - engine.progress_at)
+            engine.progress_at = now
         try:
             return self._understand(engine, frame)
         except (KeyError, TypeError, ValueError):
@@ -278,8 +285,8 @@ class Fleet:
     def _stalled_at(self, engine: Engine) -> float:
         if engine.state != "ready" or not engine.in_flight:
             return float("inf")
-        # Which of them hangs is not known: they overtake each other.
-        batches = engine.in_flight.values()
+        # Which of those that are being scored hangs is not known.
+        batches = sorted(engine.in_flight.values(), key=lambda batch: batch.order)[: engine.info.get("parallel_passes", 1)]
         expected_seconds = max(batch.expected_ms for batch in batches) / 1e3
         grace = max(_GRACE_SECONDS, _GRACE_PASSES * max(engine.slowest_seconds, expected_seconds))
         deadline = min(batch.first_deadline for batch in batches)

@@ -219,6 +219,7 @@ class Scorer:
         """Wait for a batch; its `scored` frame. Raises EngineSickError when the device is lost."""
         for future in started.futures:
             future.result()
+        started.futures.clear()  # their callbacks may hold the batch, and it would stay until the collector comes
         now = time.perf_counter()
         # Batches overlap: each is charged the time since the one before it was done.
         inference_ms = (now - max(started.begin, self._last_finish)) * 1e3

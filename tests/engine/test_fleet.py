@@ -72,7 +72,7 @@ def test_parts_of_a_long_request_leave_room_for_a_whole_one_that_overtakes_them(
     *parts, whole, second = batches("a", "b", "c", "d", "e")
     for part in parts:
         assert engine.has_room_for_part
-        part.part = True
+        part.part = part.late = True
         fleet.send(engine, part, 0.0)
     assert not engine.has_room_for_part
     assert engine.has_room
@@ -87,7 +87,7 @@ def test_parts_of_a_long_request_leave_room_for_a_whole_one_that_overtakes_them(
 def test_no_more_than_four_later_batches_overtake_a_part_of_a_long_request() -> None:
     fleet, links = make()
     (part, *others) = batches(*"abcdefg")
-    part.part = True
+    part.part = part.late = True
     for batch in (part, *others):
         fleet.send(fleet.engines[0], batch, 0.0)
     first, *rest = (frame["order"] for frame in links[0].frames)
@@ -97,6 +97,7 @@ def test_no_more_than_four_later_batches_overtake_a_part_of_a_long_request() -> 
 
 def test_a_batch_that_hangs_is_noticed_by_its_own_deadline_though_others_were_sent_before() -> None:
     fleet, _ = make()
+    fleet.engines[0].info = INFO | {"parallel_passes": 2}
     (patient,), (urgent,) = batches("a", deadline=1000.0), batches("b", deadline=10.0)
     urgent.number += 1
     fleet.send(fleet.engines[0], patient, 5.0)
@@ -158,6 +159,46 @@ def test_a_hang_is_seen_at_the_deadline_plus_grace_and_the_kill_is_asked_for_onc
     (lost,) = fleet.on_death(fleet.engines[0], -9, wakeup)
     assert isinstance(lost, Lost)
     assert "hung" in lost.reason
+
+
+def test_a_deadline_of_a_batch_that_cannot_be_under_way_says_nothing_of_a_hang() -> None:
+    fleet, _ = make()  # one pass at a time
+    (patient,), (waiting,) = batches("a", deadline=1000.0), batches("b", deadline=6.0)
+    waiting.number += 1
+    fleet.send(fleet.engines[0], patient, 5.0)
+    fleet.send(fleet.engines[0], waiting, 5.0)
+    assert fleet.next_wakeup() > 20
+
+
+def test_a_batch_that_hangs_is_noticed_while_others_are_scored_beside_it() -> None:
+    fleet, links = make()
+    (engine,) = fleet.engines
+    engine.info = INFO | {"parallel_passes": 2}
+    hung, *others = batches(*"abcdefghijklmnopqrst", deadline=2.0)
+    fleet.send(engine, hung, 0.0)
+    for number, batch in enumerate(others):
+        now = 0.5 * number
+        fleet.send(engine, batch, now)
+        fleet.on_frame(engine, scored(links[0].frames.pop()), now)
+        fleet.tick(now)
+        if not links[0].alive:
+            break
+    assert not links[0].alive
+    assert now == pytest.approx(3.0, abs=0.6)  # a second after its deadline
+
+
+def test_a_part_that_is_overtaken_does_not_look_hung() -> None:
+    fleet, links = make(engine_stall_ms=1000)
+    (engine,) = fleet.engines
+    part, *others = batches(*"abcde", deadline=1000.0)
+    part.part = part.late = True
+    fleet.send(engine, part, 0.0)
+    for number, batch in enumerate(others):
+        now = 0.9 * (number + 1)
+        fleet.send(engine, batch, now)
+        fleet.on_frame(engine, scored(links[0].frames.pop()), now)
+        fleet.tick(now)
+        assert links[0].alive
 
 
 def test_an_engine_known_to_be_slow_is_given_longer() -> None:
