@@ -108,7 +108,7 @@ DEFECTS = [
     Defect("one pair is not sent again after a crash", "supervision", _SCHEDULER, "item.job.take_back(range(item.start, item.stop))", "item.job.take_back(range(item.start + 1, item.stop))", _transcript("13_")),
     Defect("an innocent request is given up with the guilty one", "supervision", _SCHEDULER, "_MOST_CRASHES = 2", "_MOST_CRASHES = 1", _transcript("13_")),
     Defect("one death counts for each batch in flight", "supervision", _WORKER, "= self.scheduler.requeue(*event.batches)", "= [job for batch in event.batches for job in self.scheduler.requeue(batch)]", "chaos 150 1"),
-    Defect("news of other batches hides one that hangs", "supervision", _FLEET, "if engine.makes_progress(frame):", "if True:", "tests/engine/test_fleet.py"),
+    Defect("news of other batches hides one that hangs", "supervision", _FLEET, "if engine.makes_progress(frame):", "if True:", "tests/process/test_engine_faults.py -k thread_that_hangs"),
     Defect("a hung engine is left alone", "supervision", _FLEET, 'self._kill(engine, "it hung while scoring")', "pass", _transcript("13_")),
     Defect("a restart storm is not noticed", "supervision", _RESTARTS, "return len(self._deaths) >= len(DELAYS_SECONDS)", "return False", _transcript("14_")),
     Defect("a failed start does not say why", "supervision", _WORKER, "        self._desk.error(Refusal(None, Code.MODEL_LOAD_ERROR, event.error))\n", "", _transcript("20_")),

@@ -122,6 +122,24 @@ def test_an_engine_that_hangs_is_killed_after_the_last_deadline_and_replaced(spa
     assert host.silent_for(0.1), "the expired request is not answered twice"
 
 
+def test_a_thread_that_hangs_is_noticed_while_another_scores_on(spawn):
+    host = spawn("--model", "parallel=2")
+    host.wait_ready()
+    (engine,) = host.wait_engines()
+    host.send(request(["fake:hang"], id="hung", timeout_ms=400))
+    answers = []
+
+    def another_is_scored() -> bool:
+        answers.append(host.ask(request([f"{len(answers)}"], id=len(answers))))
+        return not is_running(engine)
+
+    host.until(another_is_scored, 15, "the end of the engine whose thread hangs")
+    answers.append(host.read_line())  # of the hung one or of the last
+    assert [answer["id"] for answer in answers if "code" in answer] == ["hung"]
+    host.logged("it hung while scoring")
+    served_again(host)
+
+
 def test_an_engine_without_progress_is_killed_although_somebody_waits(spawn):
     host = spawn("--engine-stall-ms", "500")
     host.wait_ready()
