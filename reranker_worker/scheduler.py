@@ -72,7 +72,10 @@ class Scheduler:
         `parts`: it may be a part of a request that is too long for one batch (asked only where the engine packs).
         """
         if self._suspects:
-            return self._suspect_batch(now) if idle else None
+            if not idle:
+                return None
+            if (batch := self._suspect_batch(now)) is not None:
+                return batch
         limit = min(self._max_batch_pairs, max_pairs or self._max_batch_pairs)
         budget = self.pace.budget_tokens(self._batch_target_ms)
         if self.pace.packed:
@@ -216,7 +219,7 @@ class Scheduler:
             slices, _, tokens = self._take(job, self._max_batch_pairs, self.pace.budget_tokens(self._batch_target_ms), now, force=True)
             if slices:
                 return self._batch(slices, tokens, alone=True)
-        return self.next_batch(now)
+        return None
 
     def _batch(self, slices: list[Slice], tokens: float, *, alone: bool = False, part: bool = False, late: bool = False) -> Batch:
         self._batch_number += 1

@@ -234,6 +234,21 @@ def test_memory_for_deadlines_does_not_grow_with_finished_jobs() -> None:
     assert grown < 50_000
 
 
+def test_a_batch_behind_the_last_suspect_keeps_within_what_the_engine_was_given_room_for() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, "a"))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    scheduler.requeue(batch)
+    again = scheduler.next_batch(0.0)
+    assert again is not None
+    assert again.alone
+    scheduler.add(make_job(2, "b", "c"))
+    batch = scheduler.next_batch(0.0, max_pairs=1)
+    assert batch is not None
+    assert batch.num_pairs == 1
+
+
 def test_the_speed_is_learned_and_bounds_the_next_batches() -> None:
     scheduler = make(10_000, 50)
     scheduler.pace.assume(1000.0)
