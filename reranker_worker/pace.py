@@ -18,6 +18,7 @@ _LONG_TOKENS = 512  # a longer pair is cut to the model's limit, so that it cost
 _BLEND = 0.3  # weight of the newest report
 _FIRST_MS = 50.0  # a first estimate weighs as much as a batch of this length
 _MOST_TIMES = 8.0  # what a batch is believed to have taken at most, in times of what was expected
+_MOST_GROWTH = 1.9  # in times, from one report to the next: a first one may be far off
 _MOST_TOKENS_PER_CHAR = 2.0
 _STR_OVERHEAD_BYTES = sys.getsizeof("")
 
@@ -83,4 +84,4 @@ class Pace:
         elapsed = min(max(elapsed, 0.01), _MOST_TIMES * tokens / self.tokens_per_ms)
         self._tokens += tokens - _BLEND * self._tokens
         self._ms += elapsed - _BLEND * self._ms
-        self.tokens_per_ms = min(self._tokens / self._ms, 2 * self.tokens_per_ms)
+        self.tokens_per_ms = min(self._tokens / self._ms, _MOST_GROWTH * self.tokens_per_ms)

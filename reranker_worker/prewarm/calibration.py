@@ -50,16 +50,15 @@ def calibrate(encoder: Encoder, declared: Declared, questions: Sequence[Question
         session = runtime.InferenceSession(str(Path(scratch) / GRAPH_FILE), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs() if output.name != "logits"]
     wanted = [item.name for item in session.get_inputs()]
-    seen: dict[str, Range] = {}
+    least: dict[str, float] = {}
     greatest: dict[str, NDArray[np.float32]] = {}
     for indices in plan_passes([item.length for item in tokens], _PASS_TOKENS, _PASS_PAIRS):
         arrays = pack([tokens[index].inputs for index in indices])._asdict()
         for name, values in zip(names, session.run(names, {key: arrays[key] for key in wanted}), strict=True):
-            before = seen.get(name, Range(0.0, 0.0))
-            seen[name] = Range(min(before.low, float(values.min())), max(before.high, float(values.max())))
+            least[name] = min(least.get(name, 0.0), float(values.min()))
             most = values.max(axis=0)
             greatest[name] = np.maximum(greatest.get(name, most), most)
-    return seen, greatest
+    return {name: Range(low, max(0.0, float(greatest[name].max()))) for name, low in least.items()}, greatest
 
 
 def spread_outliers(

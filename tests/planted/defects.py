@@ -97,7 +97,7 @@ DEFECTS = [
     Defect("parts of a long request take the room of whole ones", "scheduling", _FLEET, "sum(not batch.part for batch in batches) < _MOST_WHOLE", "len(batches) < _MOST_WHOLE", "tests/engine/test_fleet.py"),
     Defect("parts of a long request fill the engine", "scheduling", _SCHEDULER, "            if not parts:\n                return None\n", "", "tests/test_scheduler_packed.py"),
     Defect("a standstill counts as slowness", "scheduling", _PACE, "_MOST_TIMES = 8.0", "_MOST_TIMES = 8e9", "tests/test_scheduler.py"),
-    Defect("batches that end at once count as speed", "scheduling", _PACE, "min(self._tokens / self._ms, 2 * self.tokens_per_ms)", "self.tokens_per_ms + 0.3 * (min(tokens / max(elapsed, 0.01), 4 * self.tokens_per_ms) - self.tokens_per_ms)", "tests/test_scheduler.py"),
+    Defect("batches that end at once count as speed", "scheduling", _PACE, "min(self._tokens / self._ms, _MOST_GROWTH * self.tokens_per_ms)", "self.tokens_per_ms + 0.3 * (min(tokens / max(elapsed, 0.01), 4 * self.tokens_per_ms) - self.tokens_per_ms)", "tests/test_scheduler.py"),
     Defect("pairs of any length meet", "scheduling", _SCHEDULER, "if -item[0] <= longest]", "if True]", "tests/test_scheduler_narrow.py"),
     Defect("copies in flight are never told", "scheduling", _SHARING, "            if waiters:\n", "            if False:\n", "chaos 12 1"),
     Defect("a copy is told the next pair's score", "scheduling", _SHARING, "waiters.append((job, index))", "waiters.append((job, max(0, index - 1)))", "chaos 40 1"),
