@@ -71,7 +71,13 @@ class Config:
     batch_size: int = _setting(32, "most pairs in one forward pass", unit="pairs", low=1, high=4096)
     max_pass_tokens: int = _setting(0, "most padded tokens in one forward pass (0: by device)", unit="tokens", low=0, high=1 << 22)
     max_batch_pairs: int = _setting(256, "most pairs in one send to an engine", unit="pairs", low=1, high=65536)
-    batch_target_ms: int = _setting(50, "aimed time of one batch: the grain of cancelling, deadlines and fairness", unit="ms", low=1, high=60_000)
+    batch_target_ms: int = _setting(
+        50,
+        "aimed time of one batch: the grain of cancelling, deadlines and fairness (what takes up to four is scored in one go)",
+        unit="ms",
+        low=1,
+        high=60_000,
+    )
     max_length: int = _setting(0, "most tokens of one pair (0: the model's limit)", unit="tokens", low=0, high=1 << 20)
     max_line_bytes: int = _setting(4 * MIB, "longest request line", unit="bytes", low=1024, high=64 * MIB)
     max_documents: int = _setting(1000, "most documents in one request", unit="documents", low=1, high=100_000)

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from reranker_worker.protocol import Group
 
 
-# So many later batches at most overtake one that may be overtaken.
-_MOST_OVERTAKING = 4
-
-
 def in_input_order(groups: Sequence[Group]) -> tuple[list[tuple[str, Sequence[str]]], None]:
     """A request's groups as they stand."""
     return [(group.query, group.documents) for group in groups], None
@@ -149,7 +145,8 @@ class Slice:
 class Batch:
     """One send to an engine. `groups` is what travels: [query, max_length, max_document_tokens, instruction, documents].
 
-    `alone`: nothing may be sent beside it. `part`: it makes no request whole. `late`: a few later batches may overtake it.
+    `alone`: nothing may be sent beside it. `long`: a request that takes more than two batches' time, or a part of one. `overtaken`: so many
+    later batches at most are scored before it.
     """
 
     number: int
@@ -157,8 +154,8 @@ class Batch:
     estimated_tokens: int
     expected_ms: float = 0.0
     alone: bool = False
-    part: bool = False
-    late: bool = False
+    long: bool = False
+    overtaken: int = 0
 
     @property
     def num_pairs(self) -> int:
@@ -167,7 +164,7 @@ class Batch:
     @property
     def order(self) -> int:
         """Its place among the batches that wait in the engine, lowest first."""
-        return self.number + (_MOST_OVERTAKING + 1 if self.late else 0)
+        return self.number + (self.overtaken + 1 if self.overtaken else 0)
 
     @property
     def groups(self) -> list[list[object]]:

@@ -25,13 +25,15 @@ _STR_OVERHEAD_BYTES = sys.getsizeof("")
 
 class Pace:
     """Estimates in tokens and milliseconds. `longest_tokens` is the model's max_length; a batch of less than `pass_tokens` tokens would not
-    keep the engine busy; `packed`: it pads nothing, so that pairs of any lengths may meet in a batch."""
+    keep the engine busy; `packed`: it pads nothing, so that pairs of any lengths may meet in a batch; `parallel`: so many passes run side by side,
+    and where there are several, each of a batch's waits for itself and may be overtaken."""
 
     def __init__(self) -> None:
         self.assume(_TOKENS_PER_MS)
         self.tokens_per_pair = _TOKENS_PER_PAIR
         self.longest_tokens = _LONG_TOKENS
         self.pass_tokens = 0
+        self.parallel = 1
         self.packed = False
         self._tokens_per_char = 1.0 / _CHARS_PER_TOKEN
 

@@ -259,7 +259,7 @@ class Worker:
             for engine in ready:
                 if not engine.has_room:
                     continue
-                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share, parts=engine.has_room_for_part)
+                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share, long=engine.has_room_for_long)
                 if batch is not None:
                     self.fleet.send(engine, batch, now)
                     supplied = True
@@ -291,6 +291,7 @@ class Worker:
         self.last_batch_good = True
         self.scheduler.pace.longest_tokens = int(event.info["max_length"])
         self.scheduler.pace.packed = bool(event.info.get("packed"))
+        self.scheduler.pace.parallel = int(event.info.get("parallel_passes", 1))
         self.scheduler.pace.pass_tokens = int(event.info.get("least_batch_tokens", 0))
         if self.ready_body is not None:
             self._note("INFO", "an engine is back" if self.counters.engine_deaths else "another engine is ready")

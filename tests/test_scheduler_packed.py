@@ -67,6 +67,32 @@ def test_a_request_of_less_than_two_batches_is_sent_whole() -> None:
     assert batch.num_pairs == 3 * PAIRS_A_BATCH
 
 
+def test_a_request_of_less_than_four_batches_is_sent_whole_where_short_ones_overtake_its_passes() -> None:
+    for parallel, whole in ((1, False), (2, True)):
+        scheduler = make()
+        scheduler.pace.parallel = parallel
+        scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+        scheduler.add(make_job(2, *texts("longer", 7 * PAIRS_A_BATCH, CHARS)))
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+        assert {item.job.number for item in batch.slices} == {2}
+        assert (batch.num_pairs == 7 * PAIRS_A_BATCH) == whole
+        assert batch.long
+
+
+def test_what_is_sooner_done_overtakes_what_takes_longer() -> None:
+    scheduler = make()
+    scheduler.pace.parallel = 2
+    orders = []
+    for number, pairs in ((1, 1000), (2, 6 * PAIRS_A_BATCH), (3, 2)):
+        scheduler.add(make_job(number, *texts(f"{number}.", pairs, CHARS)))
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+        assert {item.job.number for item in batch.slices} == {number}
+        orders.append(batch.order)
+    assert orders == sorted(orders, reverse=True)
+
+
 def test_a_request_that_is_too_small_for_a_batch_waits_only_for_as_much_of_a_long_one_as_keeps_the_engine_busy() -> None:
     scheduler = make()
     scheduler.pace.pass_tokens = 4 * 78
@@ -98,22 +124,24 @@ def test_a_stream_of_small_requests_does_not_starve_a_large_one() -> None:
     assert batches_until(scheduler, 1) <= 4 * (30 // (PAIRS_A_BATCH - 1) + 1)
 
 
-def test_without_room_for_a_part_only_what_is_whole_with_a_batch_is_sent() -> None:
+def test_without_room_for_a_long_request_only_short_ones_are_sent() -> None:
     for before in range(5):  # also when it is the turn of the oldest
         scheduler = make()
         scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
-        assert scheduler.next_batch(0.0, parts=False) is None
+        scheduler.pace.parallel = 2
+        scheduler.add(make_job(3, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))  # it would be whole with a batch, but a long one
+        assert scheduler.next_batch(0.0, long=False) is None
         for number in range(before):
             scheduler.add(make_job(10 + number, *texts(f"{number}.", 2, CHARS)))
-            assert scheduler.next_batch(0.0, parts=False) is not None
+            assert scheduler.next_batch(0.0, long=False) is not None
         scheduler.add(make_job(2, *texts("small", 2, CHARS)))
-        batch = scheduler.next_batch(0.0, parts=False)
+        batch = scheduler.next_batch(0.0, long=False)
         assert batch is not None
         assert batch.slices[0].job.number == 2
-        assert not batch.part
+        assert not batch.long
         last = scheduler.next_batch(0.0)
         assert last is not None
-        assert last.part
+        assert last.long
 
 
 def test_a_small_request_overtakes_a_part_of_a_long_one_unless_its_priority_is_worse() -> None:
@@ -124,7 +152,7 @@ def test_a_small_request_overtakes_a_part_of_a_long_one_unless_its_priority_is_w
         while scheduler.jobs()[0].unsent:
             batch = scheduler.next_batch(0.0)
             assert batch is not None
-            part = batch if batch.part else part
+            part = batch if batch.long else part
         assert part is not None
         scheduler.add(make_job(2, *texts("small", 2, CHARS), priority=priority))
         small = scheduler.next_batch(0.0)
@@ -138,7 +166,7 @@ def test_a_batch_that_makes_a_request_whole_is_no_part() -> None:
     batch = scheduler.next_batch(0.0)
     assert batch is not None
     assert not scheduler.jobs()[0].unsent
-    assert not batch.part
+    assert not batch.long
 
 
 def test_a_better_priority_comes_before_a_smaller_request() -> None:

@@ -50,11 +50,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.deaths[job.number] = 0
         self.scheduler.add(job)
 
-    @rule(target=batches, idle=st.booleans(), most=st.none() | st.integers(1, 9), parts=st.booleans())
-    def send(self, idle: bool, most: int | None, parts: bool) -> Batch | None:
-        batch = self.scheduler.next_batch(self.now, idle=idle, max_pairs=most, parts=parts)
+    @rule(target=batches, idle=st.booleans(), most=st.none() | st.integers(1, 9), long=st.booleans())
+    def send(self, idle: bool, most: int | None, long: bool) -> Batch | None:
+        batch = self.scheduler.next_batch(self.now, idle=idle, max_pairs=most, long=long)
         if batch is not None:
-            assert parts or not batch.part
+            assert long or not batch.long
             assert 1 <= batch.num_pairs <= min(MOST_PAIRS, most or MOST_PAIRS) or batch.alone
             flying = [pair for other in self.in_flight for pair in pairs_of(other)]
             pairs = pairs_of(batch)

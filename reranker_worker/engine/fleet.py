@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # One is scored while the next is on its way. Parts of a long request are single passes on a machine with two threads, so that a third one waits
 # for the thread that is free first; nobody waits for it, as others overtake it.
-_MOST_WHOLE, _MOST_PARTS = 2, 3
+_MOST_SHORT, _MOST_LONG = 2, 3
 # An engine without progress is given this long after a deadline has passed, or four times its slowest pass.
 _GRACE_SECONDS = 1.0
 _GRACE_PASSES = 4.0
@@ -97,14 +97,14 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """True when another batch may be sent: two at most, not counting parts, and nothing beside a batch that is tried alone."""
+        """True when another batch may be sent: two at most, not counting long ones, and nothing beside a batch that is tried alone."""
         batches = self.in_flight.values()
-        return self.state == "ready" and sum(not batch.part for batch in batches) < _MOST_WHOLE and not any(batch.alone for batch in batches)
+        return self.state == "ready" and sum(not batch.long for batch in batches) < _MOST_SHORT and not any(batch.alone for batch in batches)
 
     @property
-    def has_room_for_part(self) -> bool:
-        """True when it may be a part of a long request."""
-        return self.has_room and len(self.in_flight) < _MOST_PARTS
+    def has_room_for_long(self) -> bool:
+        """True when it may be a long request or a part of one."""
+        return self.has_room and len(self.in_flight) < _MOST_LONG
 
     def makes_progress(self, frame: dict[str, Any]) -> bool:
         """False for news of a batch behind one that must have been begun before: if that one hangs, its thread alone stands still."""

@@ -71,10 +71,10 @@ def test_parts_of_a_long_request_leave_room_for_a_whole_one_that_overtakes_them(
     (engine,) = fleet.engines
     *parts, whole, second = batches("a", "b", "c", "d", "e")
     for part in parts:
-        assert engine.has_room_for_part
-        part.part = part.late = True
+        assert engine.has_room_for_long
+        part.long, part.overtaken = True, 4
         fleet.send(engine, part, 0.0)
-    assert not engine.has_room_for_part
+    assert not engine.has_room_for_long
     assert engine.has_room
     fleet.send(engine, whole, 0.0)
     assert engine.has_room
@@ -87,7 +87,7 @@ def test_parts_of_a_long_request_leave_room_for_a_whole_one_that_overtakes_them(
 def test_no_more_than_four_later_batches_overtake_a_part_of_a_long_request() -> None:
     fleet, links = make()
     (part, *others) = batches(*"abcdefg")
-    part.part = part.late = True
+    part.long, part.overtaken = True, 4
     for batch in (part, *others):
         fleet.send(fleet.engines[0], batch, 0.0)
     first, *rest = (frame["order"] for frame in links[0].frames)
@@ -191,7 +191,7 @@ def test_a_part_that_is_overtaken_does_not_look_hung() -> None:
     fleet, links = make(engine_stall_ms=1000)
     (engine,) = fleet.engines
     part, *others = batches(*"abcde", deadline=1000.0)
-    part.part = part.late = True
+    part.long, part.overtaken = True, 4
     fleet.send(engine, part, 0.0)
     for number, batch in enumerate(others):
         now = 0.9 * (number + 1)
