@@ -230,7 +230,7 @@ class Scheduler:
         self._batch_number += 1
         return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone, long, overtaken)
 
-    def _packed_batch(self, now: float, limit: int, budget: float, *, long: bool) -> Batch | None:
+    def _packed_batch(self, now: float, limit: int, target: float, *, long: bool) -> Batch | None:
         """A batch for an engine that pads nothing: requests with the fewest pairs left come first, so that a small one behind a large one is
         whole after its own work; but of four batches in a row one begins with the oldest, so that a stream of small ones starves none."""
         jobs = self._waiting_jobs()
@@ -242,9 +242,9 @@ class Scheduler:
         else:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
-        tokens, room = 0.0, limit
+        tokens, room, budget = 0.0, limit, target
         expected = jobs[0].unsent * self.pace.tokens_per_pair
-        short, whole = _SHORT * budget, (_LONG if self.pace.parallel > 1 else _SHORT) * budget
+        short, whole = _SHORT * target, (_LONG if self.pace.parallel > 1 else _SHORT) * target
         is_long = expected > short
         if is_long and not long:
             return None
@@ -265,7 +265,7 @@ class Scheduler:
                 break
         self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0
         if not slices:
-            return self._packed_batch(now, limit, budget, long=long)
+            return self._packed_batch(now, limit, target, long=long)
         is_part = is_long and all(item.job.unsent for item in slices)
         is_long = is_part or (is_long and tokens > short)
         if is_long:
