@@ -73,7 +73,7 @@ class Config:
     max_batch_pairs: int = _setting(256, "most pairs in one send to an engine", unit="pairs", low=1, high=65536)
     batch_target_ms: int = _setting(
         50,
-        "aimed time of one batch: the grain of cancelling, deadlines and fairness (what takes up to four is scored in one go)",
+        "aimed time of one batch: the grain of cancelling, deadlines and fairness (one request takes up to four, with one thread two)",
         unit="ms",
         low=1,
         high=60_000,

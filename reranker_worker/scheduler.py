@@ -267,7 +267,7 @@ class Scheduler:
         if not slices:
             return self._packed_batch(now, limit, target, long=long)
         is_part = is_long and all(item.job.unsent for item in slices)
-        is_long = is_part or (is_long and tokens > short)
+        is_long = is_long and (is_part or tokens > short)
         if is_long:
             self._long_priority = jobs[0].priority
         # What is sooner done overtakes what takes longer, but not that of a better priority.

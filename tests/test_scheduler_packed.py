@@ -128,6 +128,7 @@ def test_without_room_for_a_long_request_only_short_ones_are_sent() -> None:
     for before in range(5):  # also when it is the turn of the oldest
         scheduler = make()
         scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+        assert scheduler.next_batch(0.0, long=False) is None
         scheduler.pace.parallel = 2
         scheduler.add(make_job(3, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))  # it would be whole with a batch, but a long one
         assert scheduler.next_batch(0.0, long=False) is None

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from reranker_worker.config import Config
 
-# One is scored while the next is on its way. Parts of a long request are single passes on a machine with two threads, so that a third one waits
-# for the thread that is free first; nobody waits for it, as others overtake it.
+# One is scored while the next is on its way; a long one may be the third: parts of a long request are single passes on a machine with two threads,
+# so that it waits for the thread that is free first, and nobody waits for it, as short ones overtake it.
 _MOST_SHORT, _MOST_LONG = 2, 3
 # An engine without progress is given this long after a deadline has passed, or four times its slowest pass.
 _GRACE_SECONDS = 1.0

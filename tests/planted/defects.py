@@ -94,7 +94,7 @@ DEFECTS = [
     Defect("a long request that fits a batch is cut into parts", "scheduling", _SCHEDULER, "(_LONG if self.pace.parallel > 1 else _SHORT) * target", "_SHORT * target", "tests/test_scheduler_packed.py"),
     Defect("a long batch is not overtaken where one thread takes it whole", "scheduling", _SCHEDULER, "(_LONG if self.pace.parallel > 1 else _SHORT) * target", "_LONG * target", "tests/test_scheduler_packed.py"),
     Defect("a long request waits for parts of a longer one", "scheduling", _SCHEDULER, "_OVERTAKE_PART, _OVERTAKE_LONG = 4, 2", "_OVERTAKE_PART, _OVERTAKE_LONG = 4, 4", "tests/test_scheduler_packed.py"),
-    Defect("a long request takes the room of short ones", "scheduling", _SCHEDULER, "is_long = is_part or (is_long and tokens > short)", "is_long = is_part", "tests/test_scheduler_packed.py"),
+    Defect("a long request takes the room of short ones", "scheduling", _SCHEDULER, "is_long = is_long and (is_part or tokens > short)", "is_long = is_part", "tests/test_scheduler_packed.py"),
     Defect("a whole request waits for a part of a long one", "scheduling", _SCHEDULER, "budget = min(budget, self.pace.pass_tokens)", "pass", "tests/test_scheduler_packed.py"),
     Defect("a worse priority overtakes a part of a long request", "scheduling", _SCHEDULER, "is_part or jobs[0].priority > self._long_priority else", "is_part else", "tests/test_scheduler_packed.py"),
     Defect("nothing overtakes a part of a long request", "scheduling", _JOBS, "(self.overtaken + 1 if self.overtaken else 0)", "0", "tests/engine/test_fleet.py"),
