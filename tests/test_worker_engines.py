@@ -38,6 +38,14 @@ def test_a_small_request_is_sent_at_once_though_parts_of_a_long_one_wait_in_the_
     assert len(hall.line()["scores"]) == 2000
 
 
+def test_a_request_of_three_batches_is_sent_whole_to_an_engine_of_several_threads_alone() -> None:
+    for parallel, whole in ((1, False), (2, True)):
+        hall = Hall(start=False)
+        hall.ready(packed=True, parallel_passes=parallel)
+        hall.rerank(*(f"{number}".ljust(300, ".") for number in range(20)))
+        assert (len(hall.links[0].frames) == 1) == whole
+
+
 def test_every_engine_gets_its_first_batch_before_any_gets_its_second() -> None:
     hall = Hall(engines=3)
     hall.rerank(*(f"{number}" for number in range(96)))

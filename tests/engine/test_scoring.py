@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,6 +61,21 @@ def score(room: Room, *documents: str, query: str = "q", log: list[str] | None =
 def run(scorer: Scorer, *documents: str, query: str = "q") -> dict[str, Any]:
     frame = {"batch": 7, "groups": [[query, 0, 0, "", list(documents)]]}
     return scorer.score(scorer.prepare(frame), lambda batch: None)
+
+
+def test_a_batch_that_is_answered_leaves_the_memory_though_its_callbacks_hold_it() -> None:
+    scorer = Scorer(Room(), Config(), print)
+    gc.disable()  # it must not need the collector
+    try:
+        started = scorer.start(scorer.prepare({"batch": 7, "groups": [["q", 0, 0, "", ["a"]]]}), lambda batch: None)
+        future = weakref.ref(started.futures[0])
+        started.futures[0].add_done_callback(partial(lambda held, _: None, started))
+        scorer.finish(started)
+        del started
+        run(scorer, "b")  # by now the thread has let go of it too
+        assert future() is None
+    finally:
+        gc.enable()
 
 
 LENGTHS = st.lists(st.integers(0, 600), max_size=80)

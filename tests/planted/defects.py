@@ -93,6 +93,7 @@ DEFECTS = [
     Defect("a request of little more than a batch is sent in two", "scheduling", _SCHEDULER, "_SHORT, _LONG = 2.0, 4.0", "_SHORT, _LONG = 1.0, 1.0", "tests/test_scheduler_packed.py"),
     Defect("a long request that fits a batch is cut into parts", "scheduling", _SCHEDULER, "(_LONG if self.pace.parallel > 1 else _SHORT) * target", "_SHORT * target", "tests/test_scheduler_packed.py"),
     Defect("a long batch is not overtaken where one thread takes it whole", "scheduling", _SCHEDULER, "(_LONG if self.pace.parallel > 1 else _SHORT) * target", "_LONG * target", "tests/test_scheduler_packed.py"),
+    Defect("how many passes run side by side is forgotten", "scheduling", _WORKER, '        self.scheduler.pace.parallel = int(event.info.get("parallel_passes", 1))\n', "", "tests/test_worker_engines.py"),
     Defect("a long request waits for parts of a longer one", "scheduling", _SCHEDULER, "_OVERTAKE_PART, _OVERTAKE_LONG = 4, 2", "_OVERTAKE_PART, _OVERTAKE_LONG = 4, 4", "tests/test_scheduler_packed.py"),
     Defect("a long request takes the room of short ones", "scheduling", _SCHEDULER, "is_long = is_long and (is_part or tokens > short)", "is_long = is_part", "tests/test_scheduler_packed.py"),
     Defect("a whole request waits for a part of a long one", "scheduling", _SCHEDULER, "budget = min(budget, self.pace.pass_tokens)", "pass", "tests/test_scheduler_packed.py"),
@@ -130,6 +131,7 @@ DEFECTS = [
     Defect("an error of the tokenizer leaves the engine deaf", "supervision", _CHILD, "            self._tell(error)", "            pass", "tests/process/test_engine_faults.py -k tokenizer"),
     Defect("an outlier coarsens the steps of all", "scoring", _CALIBRATION, "if _LEAST_REACH[encoder.activation] < reach < ranges[name].high / _LEAST_GAIN:", "if False:", f"{_PREWARM} -k far_beyond"),
     Defect("copies of an outlier all say the same", "scoring", _CALIBRATION, "layer.up.bias[channels] - lower]", "layer.up.bias[channels]]", f"{_PREWARM} -k far_beyond"),
+    Defect("a batch that is answered stays in memory", "scoring", _SCORING, "        started.futures.clear()", "        pass", "tests/engine/test_scoring.py"),
     Defect("the threads do not end together", "scoring", _SCORING, "if soonest >= best:", "if True:", "tests/engine/test_scoring.py"),
     # --- answers
     Defect("a line has a length that hangs the known host", "answers", _ANSWERS, "if whole >= 1 and len(line) <= _STDIO_BUFFER_BYTES * whole:", "if False:", "tests/protocol/test_answers.py"),
