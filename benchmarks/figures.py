@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -89,6 +90,7 @@ def surroundings() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
+        "bytecode": "" if _keeps_bytecode() else "not kept (see `startup` in benchmarks/README.md)",
         "reranker_worker": __version__,
         **{name: version for name in _PACKAGES if (version := installed_version(name))},
     }
@@ -110,6 +112,11 @@ def report(name: str, cells: Sequence[Cell], given: argparse.Namespace, extra: d
         body = {"benchmark": name, "settings": settings, "surroundings": around, "cells": [asdict(item) for item in cells], **(extra or {})}
         Path(given.json).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
     return 1 if given.strict and any(item.ok is False for item in cells) else 0
+
+
+def _keeps_bytecode() -> bool:
+    """Whether the worker's modules are compiled already; else each start compiles them."""
+    return Path(importlib.util.cache_from_source(str(Path(machine.__file__).with_name("worker.py")))).is_file()
 
 
 def _cpu() -> str:

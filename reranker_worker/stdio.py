@@ -14,17 +14,17 @@ import time
 from typing import TYPE_CHECKING
 
 from reranker_worker.engine.frames import FrameError
-from reranker_worker.engine.handle import EngineProcess
 from reranker_worker.logs import Log
 from reranker_worker.machine import no_core_dump
 from reranker_worker.streams import AnswerWriter, Streams
 from reranker_worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from reranker_worker.config import Config
     from reranker_worker.engine.fleet import Engine
+    from reranker_worker.engine.handle import EngineProcess
 
 _READ_BYTES = 1 << 18
 _PARENT_POLL_SECONDS = 0.5
@@ -245,13 +245,12 @@ class Loop:
                 self._code = IO_ERROR
 
 
-def serve(config: Config, streams: Streams, environ: Mapping[str, str]) -> int:
-    """Run the worker on the claimed streams; the exit code. The caller ends the process with it."""
+def serve(config: Config, streams: Streams, processes: list[EngineProcess]) -> int:
+    """Run the worker on the claimed streams with engines that may have started already; the exit code. The caller ends the process with it."""
     no_core_dump()
     log = Log(2, config.log_level)
     if os.isatty(streams.requests_fd):
         log.write("INFO", "worker", 'waiting for one JSON request a line, such as {"query": "...", "documents": ["...", "..."]}; end with Ctrl-D')
-    processes = [EngineProcess(config, environ) for _ in range(config.engines)]
     worker = Worker(config, processes, now=time.monotonic(), wall_clock=time.time, pid=os.getpid())
     loop = Loop(config, streams, worker, processes, log)
     try:

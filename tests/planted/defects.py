@@ -27,6 +27,7 @@ def _transcript(*numbers: str) -> str:
 
 
 _FUZZ = "tests/fuzz"
+_CLI = "reranker_worker/cli.py"
 _STDIO = "reranker_worker/stdio.py"
 _STREAMS = "reranker_worker/streams.py"
 _FRAMING = "reranker_worker/protocol/framing.py"
@@ -41,6 +42,7 @@ _PACE = "reranker_worker/pace.py"
 _SHARING = "reranker_worker/sharing.py"
 _ORDERING = "reranker_worker/ordering.py"
 _FLEET = "reranker_worker/engine/fleet.py"
+_HANDLE = "reranker_worker/engine/handle.py"
 _RESTARTS = "reranker_worker/engine/restarts.py"
 _SCORING = "reranker_worker/engine/scoring.py"
 _CHILD = "reranker_worker/engine/child.py"
@@ -54,6 +56,7 @@ _CHOOSING = "reranker_worker/backends/choosing.py"
 _ARTEFACTS = "reranker_worker/models/artefacts.py"
 _CALIBRATION = "reranker_worker/prewarm/calibration.py"
 _MAKING = "reranker_worker/prewarm/making.py"
+_START = "tests/process/test_start.py"
 _ONNX = "tests/backends/test_onnx.py"
 _PREWARM = "tests/prewarm"
 
@@ -113,6 +116,8 @@ DEFECTS = [
     Defect("one pair is not sent again after a crash", "supervision", _SCHEDULER, "item.job.take_back(range(item.start, item.stop))", "item.job.take_back(range(item.start + 1, item.stop))", _transcript("13_")),
     Defect("an innocent request is given up with the guilty one", "supervision", _SCHEDULER, "_MOST_CRASHES = 2", "_MOST_CRASHES = 1", _transcript("13_")),
     Defect("one death counts for each batch in flight", "supervision", _WORKER, "= self.scheduler.requeue(*event.batches)", "= [job for batch in event.batches for job in self.scheduler.requeue(batch)]", "chaos 150 1"),
+    Defect("engines start when the front is whole", "supervision", _CLI, "        process.start_early()", "        pass", f"{_START} -k before_the_rest"),
+    Defect("an early start that failed counts as done", "supervision", _HANDLE, "            self._is_early = True", "            pass\n        self._is_early = True", f"{_START} -k early_is_started_later"),
     Defect("news of other batches hides one that hangs", "supervision", _FLEET, "if engine.makes_progress(frame):", "if True:", "tests/process/test_engine_faults.py -k thread_that_hangs"),
     Defect("a hung engine is left alone", "supervision", _FLEET, 'self._kill(engine, "it hung while scoring")', "pass", _transcript("13_")),
     Defect("a restart storm is not noticed", "supervision", _RESTARTS, "return len(self._deaths) >= len(DELAYS_SECONDS)", "return False", _transcript("14_")),

@@ -23,6 +23,55 @@ def test_a_start_that_hangs_is_given_up_while_controls_are_answered(spawn):
     assert host.wait_exit() == 70
 
 
+# Imported by the front before it spawns engines, and by each engine: runs FRONT in the first process, `import_worker` when that imports the rest.
+_BETWEEN = """
+import os, select, sys, time
+here = os.path.dirname(__file__)
+def tell(name): open(os.path.join(here, name), "w").close()
+def told(name): return os.path.exists(os.path.join(here, name))
+if told("front"):
+    tell("engine")
+else:
+    tell("front")
+    {front}
+    class Finder:
+        def find_spec(name, path=None, target=None):
+            if name == "reranker_worker.worker":
+                {import_worker}
+    sys.meta_path.insert(0, Finder)
+sys.path.remove(here); del sys.modules["orjson"]
+import orjson
+"""
+
+
+def _shadowed(directory, front, import_worker):
+    (directory / "orjson.py").write_text(_BETWEEN.format(front=front, import_worker=import_worker))
+    return {"PYTHONPATH": str(directory)}
+
+
+def test_the_engine_starts_before_the_rest_of_the_front_is_imported(spawn, tmp_path):
+    """Here the import waits for the engine, which would not come if it were started afterwards."""
+    wait = "until = time.monotonic() + 10\n"
+    wait += " " * 16 + "while not told('engine') and time.monotonic() < until: select.select([], [], [], 0.01)\n"
+    wait += " " * 16 + "tell('early' if told('engine') else 'late')"
+    spawn(env=_shadowed(tmp_path, "pass", wait)).wait_ready()
+    assert (tmp_path / "early").exists()
+
+
+def test_an_engine_that_could_not_be_started_early_is_started_later(spawn, tmp_path):
+    front = "python, sys.executable = sys.executable, os.path.join(here, 'nothing')"
+    host = spawn(env=_shadowed(tmp_path, front, "sys.executable = python; tell('restored')"))
+    host.wait_ready()
+    assert (tmp_path / "restored").exists()
+
+
+def test_an_engine_that_cannot_be_started_at_all_is_said_once(spawn, tmp_path):
+    host = spawn(env=_shadowed(tmp_path, "sys.executable = os.path.join(here, 'nothing')", "pass"))
+    assert host.read_line()["error"] == "The engine process cannot be started: No such file or directory."
+    assert host.wait_exit() == 71
+    assert not host.has_line()
+
+
 USAGE = [
     ["--no-such-flag"],
     ["--batch-size", "zero"],
