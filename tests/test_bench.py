@@ -36,8 +36,10 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "reranker_worker", "bench", "--backend=fake", *arguments]
 
 
-def run(*arguments: str) -> Result:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+def run(*arguments: str, env: Mapping[str, str] | None = None) -> Result:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
 
 
 def rows(*arguments: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -211,9 +213,9 @@ def test_a_worker_that_cannot_start_hands_its_exit_code_on() -> None:
     assert "told to fail to load" in sentence(result)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is not None, reason="matplotlib is installed")
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
-    result = run("--seconds", "3600", "--plot", str(tmp_path / "a.png"))
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['matplotlib'] = None\n", encoding="ascii")
+    result = run("--seconds", "3600", "--plot", str(tmp_path / "a.png"), env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 78
     assert "needs the Python package matplotlib" in sentence(result)
 
