@@ -127,7 +127,7 @@ DEFECTS = [
     Defect("a drain gives up at once", "drain", _WORKER, "if self._desk and now >= self._drain_until:", "if self._desk:", _transcript("15_")),
     Defect("shutdown is acknowledged and forgotten", "drain", _WORKER, '        if message.type == "shutdown":\n            self.drain(now)\n', "", _transcript("15_")),
     # --- scoring
-    Defect("scores come in the order of the pass", "scoring", _SCORING, "for index, logit in zip(indices, logits, strict=True):", "for index, logit in zip(sorted(indices), logits, strict=True):", _transcript("04_")),
+    Defect("scores come in the order of the pass", "scoring", _SCORING, "for index, logit in zip(indices, logits, strict=True):", "for index, logit in zip(sorted(indices), logits, strict=True):", "tests/engine/test_scoring.py -k at_its_own_pair"),
     Defect("a score that is no number leaves", "scoring", _SCORING, "if math.isfinite(logit):", "if True:", _transcript("13_")),
     Defect("half of a pass is lost when memory runs out", "scoring", _SCORING, "        self._pass(tokens, indices[middle:], outcome)\n", "", _transcript("13_")),
     Defect("the sigmoid is upside down", "scoring", _SCORING, "return power / (1.0 + power)", "return 1.0 / (1.0 + power)", _transcript("01_")),
