@@ -9,7 +9,6 @@ alone, so that only the culprit pays twice.
 from __future__ import annotations
 
 import heapq
-import sys
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ class Scheduler:
         self._open: dict[int, Job] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._batch_number = 0
-        self._long_priority = sys.maxsize  # of the last batch of a long request
+        self._long_priorities: dict[int, int] = {}  # of the batches in flight that are long, by number
         self._batches_past_oldest = 0  # without a pair of the one that has waited longest
         self.waiting_pairs = 0
         self.waiting_bytes = 0
@@ -97,13 +96,14 @@ class Scheduler:
             limit -= count
             if count:
                 self._rotations[job.priority].rotate(-1)  # also when this fills the batch, else it would be first again
-            if not count or limit <= 0 or tokens >= budget:
+            if (not count and job.unsent) or limit <= 0 or tokens >= budget:
                 break
         return self._batch(slices, tokens) if slices else None
 
     def complete(self, batch: Batch, result: Result) -> list[Job]:
         """Hand a batch's result to its jobs and to those that waited for the same pairs; the jobs that are now whole or failed."""
         self.pace.learn(batch, result)
+        self._long_priorities.pop(batch.number, None)
         finished: list[Job] = []
         failures = {pair: (code, text) for pair, code, text in result.failures}
         truncated = set(result.truncated)
@@ -128,6 +128,8 @@ class Scheduler:
         job, however many batches it was in."""
         finished: list[Job] = []
         jobs: dict[int, Job] = {}
+        for batch in batches:
+            self._long_priorities.pop(batch.number, None)
         for item in (item for batch in batches for item in batch.slices):
             for _, job, index in self._sharing.release(item):
                 if not job.done:
@@ -190,12 +192,12 @@ class Scheduler:
         return bool(self._suspects) or bool(self._rotations)
 
     def ms_until_free(self, pairs: int, num_bytes: int, jobs: int, engines: int) -> float:
-        """About how long until so many pairs, bytes and places in the queue are free. A job frees its own when it is whole, and work
-        is taken in rounds: the one with the fewest pairs left is whole first, when each of the others has had as many."""
+        """About how long until so many pairs, bytes and places in the queue are free. A job frees its own when it is whole. The one with the
+        fewest pairs left is whole first: where the engine packs after its own work, else in rounds, when each of the others has had as many."""
         left = sorted(self._open.values(), key=lambda job: job.missing)
         scored = before = 0
         for position, job in enumerate(left):
-            scored += (job.missing - before) * (len(left) - position)
+            scored += job.missing if self.pace.packed else (job.missing - before) * (len(left) - position)
             before = job.missing
             pairs, num_bytes, jobs = pairs - job.num_pairs, num_bytes - job.num_bytes, jobs - 1
             if pairs <= 0 and num_bytes <= 0 and jobs <= 0:
@@ -242,57 +244,61 @@ class Scheduler:
         else:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
-        tokens, room, budget = 0.0, limit, target
-        expected = jobs[0].unsent * self.pace.tokens_per_pair
+        tokens, room, budget, is_long = 0.0, limit, target, False
         short, whole = _SHORT * target, (_LONG if self.pace.parallel > 1 else _SHORT) * target
-        is_long = expected > short
-        if is_long and not long:
-            return None
-        if expected > whole:
-            # Two batches are being scored: those of a long request take the target time together, so that a newcomer waits for little.
-            budget = whole = self.pace.budget_tokens(self._batch_target_ms / 2)
         unsent = oldest.unsent
+        head = jobs[0]  # what the batch begins with: all before it were being scored already
         for job in jobs:
-            if slices and job.unsent * self.pace.tokens_per_pair > budget - tokens:
-                # What is whole with this batch need not wait for a part of what is not, but for as much as keeps the engine busy.
-                budget = min(budget, self.pace.pass_tokens)
+            expected = job.unsent * self.pace.tokens_per_pair
+            if not slices:
+                head, is_long = job, expected > short
+                if is_long and not long:
+                    return None
+                # Two batches are being scored: those of a long request take the target time together, so that a newcomer waits for little.
+                budget = self.pace.budget_tokens(self._batch_target_ms / 2) if expected > whole else target
+                most = budget if expected > whole else whole if is_long else short
+            else:
+                if expected > budget - tokens:
+                    # What is whole with this batch need not wait for a part of what is not, but for as much as keeps the engine busy.
+                    budget = min(budget, self.pace.pass_tokens)
+                most = budget
             if tokens >= budget:
                 break
-            taken, count, cost = self._take(job, room, (whole if job is jobs[0] else budget) - tokens, now, force=not slices)
-            slices, room = slices + taken, room - count
-            tokens = tokens + cost if slices else 0.0  # pairs that are being scored already do not travel
+            taken, count, cost = self._take(job, room, most - tokens, now, force=not slices)
+            slices, room, tokens = slices + taken, room - count, tokens + cost
             if room <= 0:
                 break
         self._batches_past_oldest = self._batches_past_oldest + 1 if oldest.unsent == unsent else 0
         if not slices:
-            return self._packed_batch(now, limit, target, long=long)
+            return None
         is_part = is_long and all(item.job.unsent for item in slices)
         is_long = is_long and (is_part or tokens > short)
-        if is_long:
-            self._long_priority = jobs[0].priority
         # What is sooner done overtakes what takes longer, but not that of a better priority.
-        overtaken = _OVERTAKE_PART if is_part or jobs[0].priority > self._long_priority else _OVERTAKE_LONG if is_long else 0
-        return self._batch(slices, tokens, long=is_long, overtaken=overtaken)
+        yields = is_part or head.priority > min(self._long_priorities.values(), default=head.priority)
+        batch = self._batch(slices, tokens, long=is_long, overtaken=_OVERTAKE_PART if yields else _OVERTAKE_LONG if is_long else 0)
+        if is_long:
+            self._long_priorities[batch.number] = head.priority
+        return batch
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.
 
         The job whose turn it is says which length; half of the room goes to the first job that has had none yet.
         """
-        jobs = self._waiting_jobs()
-        if not jobs:
-            return None
-        head = jobs[0]
-        self._rotations[head.priority].rotate(-1)
-        others_first = head.dispatched_at is not None and any(job.dispatched_at is None for job in jobs)
-        slices, count, tokens = self._window(head, jobs, limit, budget / 2 if others_first else budget, now)
-        waiting = [job for job in jobs if job.unsent]
-        if waiting and count < limit and tokens < budget:
-            fresh = (job for job in waiting if job.dispatched_at is None and job.priority == head.priority)
-            anchor = next(fresh, head if head.unsent else waiting[0])
-            more, _, cost = self._window(anchor, waiting, limit - count, budget - tokens, now)
-            slices, tokens = slices + more, tokens + cost
-        return self._batch(slices, tokens) if slices else self._narrow_batch(now, limit, budget)
+        while jobs := self._waiting_jobs():  # again when all that was taken is being scored already
+            head = jobs[0]
+            self._rotations[head.priority].rotate(-1)
+            others_first = head.dispatched_at is not None and any(job.dispatched_at is None for job in jobs)
+            slices, count, tokens = self._window(head, jobs, limit, budget / 2 if others_first else budget, now)
+            waiting = [job for job in jobs if job.unsent]
+            if waiting and count < limit and tokens < budget:
+                fresh = (job for job in waiting if job.dispatched_at is None and job.priority == head.priority)
+                anchor = next(fresh, head if head.unsent else waiting[0])
+                more, _, cost = self._window(anchor, waiting, limit - count, budget - tokens, now)
+                slices, tokens = slices + more, tokens + cost
+            if slices:
+                return self._batch(slices, tokens)
+        return None
 
     def _window(self, anchor: Job, jobs: Sequence[Job], limit: int, budget: float, now: float) -> tuple[list[Slice], int, float]:
         """The anchor's next pair and then, of all jobs' next pairs, always the longest that is not much longer: slices, pairs, tokens."""
@@ -322,7 +328,10 @@ class Scheduler:
         return jobs
 
     def _take(self, job: Job, most: int, budget: float, now: float, *, force: bool) -> tuple[list[Slice], int, float]:
-        """Up to `most` unsent pairs of a job within a token budget (at least one with `force`): slices, pairs, estimated tokens."""
+        """Up to `most` unsent pairs of a job within a token budget (at least one with `force`): slices, pairs, estimated tokens.
+
+        Those that are being scored already do not travel and count for nothing: after them more are taken.
+        """
         slices: list[Slice] = []
         spent = 0.0
         count = 0
@@ -332,11 +341,13 @@ class Scheduler:
             if not size:
                 break
             job.advance(start, size)
-            slices += self._sharing.claim(job, group, start, run[:size])
-            spent += cost
-            count += size
-        if count and job.dispatched_at is None:
-            job.dispatched_at = now
+            travelling = self._sharing.claim(job, group, start, run[:size])
+            pairs = sum(item.stop - item.start for item in travelling)
+            slices += travelling
+            spent += cost * pairs / size
+            count += pairs
+            if job.dispatched_at is None:
+                job.dispatched_at = now
         return slices, count, spent
 
     def _follow(

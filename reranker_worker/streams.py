@@ -32,17 +32,23 @@ class Streams:
 def claim() -> Streams:
     """Take stdin and stdout for the protocol alone, before anything else can print or read. Call it first in the process.
 
-    Closed standard descriptors become /dev/null (else the next opened file would take their number), inherited ones above 2 are
-    closed (hosts leak theirs), fd 1 becomes stderr for every print, library and child, fd 0 reads as empty.
+    Closed standard descriptors become /dev/null, or a pipe without a reader (else the next opened file would take their number), inherited
+    ones above 2 are closed (hosts leak theirs), fd 1 becomes stderr for every print, library and child, fd 0 reads as empty.
     """
     host_pid = os.getppid()  # now: a host that dies while we import must be missed too
     if not os.isatty(0):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # see `Signals`; here, because a Ctrl-C may come while we import
+    # An engine must not inherit that its children's ends are ignored; what would end us waits until `Signals` can drain instead.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            if descriptor == 1:
+                _open_deaf()
+            else:
+                os.open(os.devnull, os.O_RDWR)
     _close_inherited()
     streams = Streams(os.dup(0), os.dup(1), host_pid)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -50,6 +56,13 @@ def claim() -> Streams:
     os.close(null)
     os.dup2(2, 1)
     return streams
+
+
+def _open_deaf() -> None:
+    """Make fd 1, which is closed, a pipe that nobody reads: a host without ears is noticed like one that stopped listening."""
+    read_fd, write_fd = os.pipe()  # the first takes the lowest free number, which is 1
+    os.dup2(write_fd, read_fd)
+    os.close(write_fd)
 
 
 def _close_inherited() -> None:

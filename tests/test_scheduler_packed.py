@@ -161,6 +161,59 @@ def test_a_small_request_overtakes_a_part_of_a_long_one_unless_its_priority_is_w
         assert (small.order < part.order) == overtakes
 
 
+def test_a_small_request_does_not_overtake_a_long_one_of_a_better_priority_behind_which_another_was_sent() -> None:
+    scheduler = make()
+    scheduler.pace.parallel = 2
+    batches = []
+    for number, priority, count in ((1, 0, 36), (2, 5, 36), (3, 3, 2)):
+        scheduler.add(make_job(number, *texts(f"{number}.", count, CHARS), priority=priority))
+        batches.append(scheduler.next_batch(0.0))
+    best, worst, small = [batch for batch in batches if batch is not None]
+    assert best.long
+    assert worst.long
+    assert best.order < small.order
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_long_request_that_is_no_longer_in_flight_holds_nobody_back(lost: bool) -> None:
+    scheduler = make()
+    scheduler.pace.parallel = 2
+    scheduler.add(make_job(1, *texts("best", 36, CHARS), priority=0))
+    best = scheduler.next_batch(0.0)
+    scheduler.add(make_job(2, *texts("worst", 36, CHARS), priority=5))
+    worst = scheduler.next_batch(0.0)
+    assert best is not None
+    assert worst is not None
+    if lost:
+        scheduler.requeue(best)
+        scheduler.drop(scheduler.jobs()[0])
+    else:
+        score(scheduler, best)
+    scheduler.add(make_job(3, *texts("small", 2, CHARS), priority=3))
+    small = scheduler.next_batch(0.0)
+    assert small is not None
+    assert small.order < worst.order
+
+
+def test_a_few_long_documents_take_no_more_than_a_short_batch_may() -> None:
+    """The estimate of a request goes by the average document."""
+    scheduler = make()
+    scheduler.pace.parallel = 2
+    scheduler.add(make_job(1, *texts("long", 20, 2048)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert not batch.long
+    assert batch.expected_ms < 2.5 * TARGET_MS
+
+
+def test_the_time_until_there_is_room_counts_the_smallest_requests_first() -> None:
+    scheduler = make()
+    for number, count in enumerate((100, 5, 10)):
+        scheduler.add(make_job(number, *texts(f"{number}.", count, CHARS)))
+    work = [scheduler.ms_until_free(0, 0, requests, 1) - TARGET_MS for requests in (1, 2, 3)]
+    assert work == pytest.approx([5 * work[2] / 115, 15 * work[2] / 115, work[2]], rel=0.02)
+
+
 def test_a_batch_that_makes_a_request_whole_is_no_part() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("short", 60, 8)))  # in pairs of the usual length it would be far too long for one batch

@@ -57,6 +57,58 @@ def test_duplicates_within_one_job_travel_once() -> None:
     assert job.shared == 3
 
 
+def engine_that(packs: str) -> Scheduler:
+    scheduler = Scheduler(max_batch_pairs=64, batch_target_ms=50.0)
+    scheduler.pace.assume(2.0)
+    scheduler.pace.packed = packs == "packs"
+    scheduler.pace.pass_tokens = 0 if packs == "has passes to fill" else 256
+    return scheduler
+
+
+KINDS = ["packs", "pads", "has passes to fill"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_copies_in_one_request_travel_once(kind: str) -> None:
+    scheduler = engine_that(kind)
+    scheduler.add(make_job(1, *["word " * 50] * 5000))
+    scheduler.add(make_job(2, "another"))
+    batches = [batch for batch in (scheduler.next_batch(0.0), scheduler.next_batch(0.0)) if batch is not None]
+    assert sum(batch.num_pairs for batch in batches) == 2
+    assert scheduler.next_batch(0.0) is None
+    whole = [job for batch in batches for job in scheduler.complete(batch, result_of(batch))]
+    assert sorted(job.number for job in whole) == [1, 2]
+    for job in whole:
+        check_scores(job)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_new_behind_what_is_being_scored_already_is_found(kind: str) -> None:
+    scheduler = engine_that(kind)
+    same = ["x" * size for size in (8, 100, 400)]
+    for number, document in enumerate(same):
+        scheduler.add(make_job(number, document))
+    while scheduler.next_batch(0.0) is not None:
+        pass
+    for number, document in enumerate([*same, "y" * 900], 10):
+        scheduler.add(make_job(number, document))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert [pair[1] for pair in pairs_of(batch)] == ["y" * 900]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_equal_requests_travel_once(kind: str) -> None:
+    scheduler = engine_that(kind)
+    for number in range(3000):
+        scheduler.add(make_job(number, "the same"))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert batch.num_pairs == 1
+    assert scheduler.next_batch(0.0) is None
+    assert len(scheduler.complete(batch, result_of(batch))) == 3000
+
+
 @pytest.mark.parametrize("options", [{"query": "other"}, {"max_length": 5}, {"max_document_tokens": 5}, {"instruction": "x"}])
 def test_pairs_with_other_options_are_other_pairs(options: dict[str, str]) -> None:
     scheduler = make()

@@ -64,9 +64,9 @@ def _abandon() -> NoReturn:
 
 def _isolate(front_pid: int) -> None:
     """Live exactly as long as the front: its signals are not ours (it drains), its death is."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # behind: what came meanwhile would end us
     die_first()
     no_core_dump()
     if sys.platform == "linux":

@@ -296,3 +296,14 @@ def test_a_worker_that_waits_does_not_spin(spawn, state):
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_thousand_copies_of_one_document_are_scored_once_and_answered(spawn):
+    """With the bundled model on one thread a batch holds one of them."""
+    host = spawn("--threads", "1", backend=None)
+    host.wait_ready(60)
+    host.send(request(["word text " * 200] * 1000, id=1), request(["a", "b"], id=2))
+    answers = {answer["id"]: answer for answer in host.read_lines(2, 60)}
+    assert len(set(answers[1]["scores"])) == 1
+    assert len(answers[1]["scores"]) == 1000
+    assert len(answers[2]["scores"]) == 2

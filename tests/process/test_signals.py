@@ -61,6 +61,31 @@ def test_an_interrupt_while_python_imports_changes_nothing(spawn, tmp_path):
     host.wait_ready()
 
 
+@pytest.mark.parametrize("number", [*HARMLESS, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_no_signal_while_python_imports_loses_a_request(spawn, tmp_path, number):
+    (tmp_path / "orjson.py").write_text(
+        "import os, signal, sys\n"
+        f"os.kill(os.getpid(), {int(number)})\n"  # in the front, then in the engine
+        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
+        "import orjson\n"
+    )
+    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    host.send(request(["a"], id=1))
+    while (answer := host.read_line()).get("id") != 1:
+        assert answer["type"] == "ready"
+    assert answer["num_documents"] == 1
+    host.close_stdin()
+    assert host.wait_exit() == 0
+
+
+def test_the_engine_does_not_inherit_that_the_ends_of_children_are_ignored(spawn):
+    host = spawn(setup="signal.signal(signal.SIGCHLD, signal.SIG_IGN)")
+    host.wait_ready()
+    status = Path(f"/proc/{host.wait_engines()[0]}/status").read_text(encoding="ascii").splitlines()
+    ignored = next(line.split()[1] for line in status if line.startswith("SigIgn"))
+    assert not int(ignored, 16) >> (signal.SIGCHLD - 1) & 1
+
+
 def test_an_interrupt_on_a_terminal_drains(spawn):
     master, slave = os.openpty()
     host = spawn(stdin=Path(os.ttyname(slave)))
