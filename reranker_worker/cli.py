@@ -1,9 +1,14 @@
-"""The commands: serve (default), prewarm, check, bench, rerank. `serve` claims stdout before anything is imported that could print."""
+"""The commands: serve (default), prewarm, check, bench, rerank. `serve` claims stdout before anything is imported that could print.
+
+This file is read by any Python 3 from 3.7 on, so that one that is too old can be told so.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -14,14 +19,21 @@ if TYPE_CHECKING:
 
 USAGE_ERROR = 64
 INTERNAL_ERROR = 70
+BAD_CONFIGURATION = 78
+OLDEST_PYTHON = (3, 11)
 COMMANDS = ("serve", "prewarm", "check", "bench", "rerank")
 HELP = frozenset({"-h", "--help", "--version"})
+_OTHER_PYTHON = "start it with the Python of its environment (such as .venv/bin/python)"
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code (sysexits.h; see README)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "serve"
+    if sys.version_info < OLDEST_PYTHON:
+        version = ".".join(map(str, sys.version_info[:2]))
+        needed = ".".join(map(str, OLDEST_PYTHON))
+        _refuse_python(command, f"The worker needs Python {needed} or newer, and {sys.executable} is {version}; {_OTHER_PYTHON}.", 1)
     if command == "serve" and HELP.isdisjoint(arguments):
         _serve(arguments)
     if command not in COMMANDS:
@@ -29,9 +41,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(USAGE_ERROR)
     if command == "serve":
         _explain(arguments)
-    from reranker_worker import byhand
+    try:
+        from reranker_worker import byhand
 
-    sys.exit(byhand.main(command, arguments))
+        code = byhand.main(command, arguments)
+    except ModuleNotFoundError as error:
+        _refuse_python(command, _missing(error), 1)
+    sys.exit(code)
 
 
 def _explain(arguments: list[str]) -> NoReturn:
@@ -64,10 +80,34 @@ def _serve(arguments: list[str]) -> NoReturn:
         except ConfigError as error:
             refuse_start(streams, str(error))
             code = USAGE_ERROR
+    except ModuleNotFoundError as error:
+        _refuse_python("serve", _missing(error), streams.answers_fd)
     except Exception as error:  # the process boundary: never a traceback with request text
         last_words(f"internal error: {type(error).__name__} in {_where(error)}")
         code = INTERNAL_ERROR
     os._exit(code)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    return f"The Python package {error.name} is not installed for {sys.executable}; {_OTHER_PYTHON}, or run pip install -r requirements.txt."
+
+
+def _refuse_python(command: str, sentence: str, answers_fd: int) -> NoReturn:
+    """The host or the person started the wrong Python, as one does who forgets the virtual environment: say so with nothing but its own library."""
+    if command == "serve":
+        import json
+
+        now = round(time.time(), 3)
+        answer = {"error": sentence, "code": "MODEL_LOAD_ERROR", "retryable": False, "timestamp": now}
+        record = {"time": now, "level": "ERROR", "source": "worker", "message": sentence}
+        with contextlib.suppress(OSError):
+            os.write(answers_fd, json.dumps(answer).encode() + b"\n")
+            sentence = json.dumps(record)
+    else:
+        sentence = f"{command}: {sentence}"
+    with contextlib.suppress(OSError):
+        os.write(2, sentence.encode("ascii", "backslashreplace") + b"\n")
+    os._exit(BAD_CONFIGURATION)
 
 
 def _start_engines(config: Config) -> list[EngineProcess]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from reranker_worker.backends import Backend, BackendError, library_versions, open_backend
 from reranker_worker.config import Config
 from reranker_worker.engine.frames import FrameReader, pack
-from reranker_worker.engine.scoring import EngineSickError, Scorer, Started
+from reranker_worker.engine.scoring import NO_MEMORY, NO_ROOM, EngineSickError, Scorer, Started
 from reranker_worker.machine import die_first, no_core_dump, usable_threads
 from reranker_worker.models import ModelError, ResolvedModel, resolve
 from reranker_worker.models.known_pairs import ANY_PAIRS, read_known_pairs, tolerance
@@ -33,6 +33,7 @@ _PROGRESS_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 _INTERNAL_ERROR = 70
 _CORRUPT = 65
+_UNFIT = 71
 _BAD_CONFIGURATION = 78
 
 
@@ -192,7 +193,7 @@ def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: C
     groups = [[query, 0, 0, "", [document]] for query, document, _ in expected]
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": groups}), lambda batch: None)
     if frame["failures"]:
-        raise BackendError(f"The model cannot score a known pair: {frame['failures'][0][2]}", _CORRUPT)
+        raise _refusal(tuple(frame["failures"][0][1:]), backend, config)
     allowed = tolerance(backend.info.dtype)
     for (_, _, wanted), logit in zip(expected, frame["logits"], strict=True):
         if wanted is not None and abs(wanted - logit) > allowed:
@@ -202,6 +203,17 @@ def _self_test(scorer: Scorer, backend: Backend, model: ResolvedModel, config: C
     passages = [f"{number} reranking" + " speed" * 60 for number in range(4)]
     frame = scorer.score(scorer.prepare({"batch": 0, "groups": [["speed", 0, 0, "", passages]]}), lambda batch: None)
     return float(sum(frame["tokens"]) / max(0.05, frame["tokenize_ms"] + frame["inference_ms"]))
+
+
+def _refusal(failure: tuple[str, str], backend: Backend, config: Config) -> BackendError:
+    """Why not even a short pair can be scored."""
+    if failure == NO_MEMORY:
+        text = "There is not enough memory to score one short pair; free some, or raise the limit of this process "
+        return BackendError(text + "(ulimit -v, the container's or the unit's).", _UNFIT)
+    if failure == NO_ROOM and backend.info.max_length == config.max_length:
+        text = f"--max-length {config.max_length} leaves a short query no room for a document; set more, or 0 for all that the model can read."
+        return BackendError(text, _BAD_CONFIGURATION)
+    return BackendError(f"The model cannot score a known pair: {failure[1]}", _CORRUPT)
 
 
 def _summary(error: Exception) -> str:

@@ -30,9 +30,9 @@ _MOST_OVER = 1.5
 # What a pass costs beside its tokens, in tokens, of MiniLM-L6 in float32: passes of 128 tokens take 3 % longer than of 256, and of the time with
 # passages of 86 tokens 3 % goes to the spreading for attention and 5 % to attention itself.
 _PASS_START_TOKENS, _TABLE_SHARE, _ATTENTION_SHARE = 9.0, 0.03, 0.0006
-_NO_ROOM = ("INVALID_REQUEST", "The query alone fills the model's max_length; shorten it.")
+NO_ROOM = ("INVALID_REQUEST", "The query alone fills the model's max_length; shorten it.")
 _NO_INSTRUCTION = ("INVALID_REQUEST", "This model takes no instruction; leave the field out.")
-_NO_MEMORY = ("INFERENCE_ERROR", "There is not enough memory to score one of the documents even alone.")
+NO_MEMORY = ("INFERENCE_ERROR", "There is not enough memory to score one of the documents even alone.")
 _NOT_FINITE = ("INFERENCE_ERROR", "The model gave no finite score for one of the documents.")
 _RAISED = ("INFERENCE_ERROR", "The model failed on one of the documents; the worker's log names the kind of error.")
 
@@ -187,7 +187,7 @@ class Scorer:
         `progress` is called with the batch's number after each pass, from the thread that scored it.
         """
         tokens = prepared.tokens
-        failures = {index: _NO_ROOM for index, item in enumerate(tokens) if not item.fits} | dict.fromkeys(prepared.refused, _NO_INSTRUCTION)
+        failures = {index: NO_ROOM for index, item in enumerate(tokens) if not item.fits} | dict.fromkeys(prepared.refused, _NO_INSTRUCTION)
         outcome = _Outcome([None] * len(tokens), failures)
         able = [index for index in range(len(tokens)) if index not in failures]
         lengths = [tokens[index].length for index in able]
@@ -247,7 +247,7 @@ class Scorer:
 
     def _halve(self, tokens: Sequence[Tokens], indices: list[int], outcome: _Outcome) -> None:
         if len(indices) == 1:
-            outcome.failures[indices[0]] = _NO_MEMORY
+            outcome.failures[indices[0]] = NO_MEMORY
             return
         middle = (len(indices) + 1) // 2
         # Remember the ceiling, so that the next batch does not run into it again.

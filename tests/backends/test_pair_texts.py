@@ -155,10 +155,10 @@ def test_odd_texts_are_tokenized(text: str, tokenizer: Any) -> None:
 def test_ten_megabytes_of_words_cost_about_as_much_as_a_page(tokenizer: Any) -> None:
     words = "where is the boat on the lake " * 350_000
     letters = "a " * 5_000_000
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: other work beside it must not count
     PairTokenizer(tokenizer).tokenize([Pair("boat", words, 512), Pair("boat", letters, 512), Pair(words, "boat", 512)])
     # Measured 10 to 20 ms; tokenizing one of them whole takes 5 to 12 seconds.
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 ENDLESS = {
@@ -171,14 +171,14 @@ ENDLESS = {
 
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_ten_megabytes_without_words_are_bounded_too(kind: str, tokenizer: Any) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # not the clock: other work beside it must not count
     (document,) = PairTokenizer(tokenizer).tokenize([Pair("boat", ENDLESS[kind], 512)])
     (query,) = PairTokenizer(tokenizer).tokenize([Pair(ENDLESS[kind], "boat", 512)])
     assert document.fits
     assert document.truncated
     assert not query.fits
     # Measured 20 to 90 ms; tokenizing the whole takes 2 to 6 seconds and up to 2 GB.
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 def test_what_lies_within_the_longest_prefix_is_found_behind_blanks(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -72,6 +73,25 @@ def test_an_engine_that_cannot_be_started_at_all_is_said_once(spawn, tmp_path):
     assert not host.has_line()
 
 
+def test_a_max_length_without_room_for_a_document_is_the_settings_fault(spawn):
+    host = spawn("--max-length", "3", backend=None)
+    assert host.read_line(60)["error"].startswith("--max-length 3 leaves a short query no room for a document; ")
+    assert host.wait_exit() == 78
+
+
+def test_too_little_memory_for_one_pair_is_not_the_model_s_fault(spawn, tmp_path):
+    (tmp_path / "orjson.py").write_text(
+        "import os, sys\n"
+        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
+        "import orjson\n"
+        "import reranker_worker.models.known_pairs as known\n"
+        "known.ANY_PAIRS = [('a question', 'fake:oom1')]\n"
+    )
+    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    assert host.read_line()["error"].startswith("There is not enough memory to score one short pair; ")
+    assert host.wait_exit() == 71
+
+
 USAGE = [
     ["--no-such-flag"],
     ["--batch-size", "zero"],
@@ -101,6 +121,30 @@ def test_wrong_usage_ends_although_nobody_reads_a_full_stderr(spawn):
     setup = "os.set_blocking(2, False)\ntry:\n    while True: os.write(2, b'x')\nexcept BlockingIOError: os.set_blocking(2, True)"
     host = spawn("--no-such-flag", stderr="never", setup=setup)
     assert host.wait_exit(5) == 64
+
+
+WITHOUT_PACKAGES = ["-S"]
+TOO_OLD = ["-c", "import sys; sys.version_info = (3, 10, 4); from reranker_worker.cli import main; main(sys.argv[1:])"]
+NO_ORJSON, OLD = "The Python package orjson is not installed for ", "The worker needs Python 3.11 or newer, and "
+
+
+@pytest.mark.parametrize(("python", "sentence"), [([*WITHOUT_PACKAGES, "reranking_server.py"], NO_ORJSON), ([*TOO_OLD, "serve"], OLD)])
+def test_a_host_that_starts_the_wrong_python_is_told_so(python, sentence):
+    done = subprocess.run([sys.executable, *python], input=b"{}\n", capture_output=True, timeout=20, check=False)
+    assert done.returncode == 78
+    answer = json.loads(done.stdout)
+    assert (answer["code"], answer["retryable"]) == ("MODEL_LOAD_ERROR", False)
+    assert answer["error"].startswith(sentence + sys.executable)
+    assert json.loads(done.stderr)["message"] == answer["error"]
+
+
+@pytest.mark.parametrize("command", ["check", "rerank", "bench", "prewarm"])
+@pytest.mark.parametrize(("python", "sentence"), [([*WITHOUT_PACKAGES, "-m", "reranker_worker"], NO_ORJSON), (TOO_OLD, OLD)])
+def test_a_person_who_starts_the_wrong_python_is_told_so(command, python, sentence):
+    done = subprocess.run([sys.executable, *python, command], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith(f"{command}: {sentence}{sys.executable}")
+    assert done.stderr.count("\n") == 1
 
 
 def test_help_and_version_go_to_stdout_and_end_with_0():
