@@ -69,14 +69,14 @@ def _serve(arguments: list[str]) -> NoReturn:
 
     streams = claim()
     try:
-        from reranker_worker.config import ConfigError, load_config
+        from reranker_worker.config import ConfigError, load_config, misnamed
 
         try:
             config = load_config(arguments, os.environ)
             processes = _start_engines(config)
             from reranker_worker.stdio import serve
 
-            code = serve(config, streams, processes)
+            code = serve(config, streams, processes, misnamed(os.environ))
         except ConfigError as error:
             refuse_start(streams, str(error))
             code = USAGE_ERROR

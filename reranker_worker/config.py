@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 MIB = 1024 * 1024
+_PREFIX = "RERANKING_"
+_DESCRIPTION = "Rerank documents: one JSON request a line on stdin, one JSON answer a line on stdout. A flag wins over its variable."
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 
@@ -97,7 +99,7 @@ class Config:
 
 def env_name(name: str) -> str:
     """The environment variable of a field."""
-    return str(_field(name).metadata["env"] or "RERANKING_" + name.upper())
+    return str(_field(name).metadata["env"] or _PREFIX + name.upper())
 
 
 def flag_name(name: str) -> str:
@@ -105,9 +107,21 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def misnamed(environ: Iterable[str]) -> list[str]:
+    """A sentence for each variable that looks like a setting's and is none. Others that begin like ours are the host's own business."""
+    known = {env_name(item.name).removeprefix(_PREFIX) for item in fields(Config)}
+    unknown = sorted({name.removeprefix(_PREFIX) for name in environ if name.startswith(_PREFIX)} - known)
+    if not unknown:
+        return []
+    import difflib
+
+    near = [(name, difflib.get_close_matches(name, known, n=1)) for name in unknown]
+    return [f"{_PREFIX}{name} is no setting and is ignored; did you mean {_PREFIX}{match[0]}?" for name, match in near if match]
+
+
 def load_config(argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "reranking_server.py") -> Config:
     """Settings from flags and environment; raises ConfigError, and SystemExit(0) for --help."""
-    parser = _Parser(prog=prog, allow_abbrev=False, description=__doc__.splitlines()[0], formatter_class=_HelpFormatter)
+    parser = _Parser(prog=prog, allow_abbrev=False, description=_DESCRIPTION, formatter_class=_HelpFormatter)
     add_flags(parser)
     return from_flags(parser.parse_args(list(argv)), environ)
 

@@ -20,7 +20,7 @@ from reranker_worker.streams import AnswerWriter, Streams
 from reranker_worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from reranker_worker.config import Config
     from reranker_worker.engine.fleet import Engine
@@ -245,10 +245,12 @@ class Loop:
                 self._code = IO_ERROR
 
 
-def serve(config: Config, streams: Streams, processes: list[EngineProcess]) -> int:
+def serve(config: Config, streams: Streams, processes: list[EngineProcess], warnings: Sequence[str] = ()) -> int:
     """Run the worker on the claimed streams with engines that may have started already; the exit code. The caller ends the process with it."""
     no_core_dump()
     log = Log(2, config.log_level)
+    for text in warnings:
+        log.write("WARNING", "worker", text)
     if os.isatty(streams.requests_fd):
         log.write("INFO", "worker", 'waiting for one JSON request a line, such as {"query": "...", "documents": ["...", "..."]}; end with Ctrl-D')
     worker = Worker(config, processes, now=time.monotonic(), wall_clock=time.time, pid=os.getpid())

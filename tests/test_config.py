@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from reranker_worker.config import Config, ConfigError, env_name, flag_name, load_config, parse_value, settings_table
+from reranker_worker.config import Config, ConfigError, env_name, flag_name, load_config, misnamed, parse_value, settings_table
 
 NAMES = [item.name for item in fields(Config)]
 NUMBERS = [item.name for item in fields(Config) if type(item.default) is int]
@@ -33,6 +33,11 @@ def test_the_known_host_is_understood() -> None:
 )
 def test_the_known_variables_keep_their_names(variable: str, name: str) -> None:
     assert env_name(name) == variable
+
+
+def test_a_variable_that_looks_like_a_setting_s_and_is_none_is_named_with_the_right_one() -> None:
+    (sentence,) = misnamed([*map(env_name, NAMES), "RERANKING_MODEL", "RERANKING_SCRIPT_PATH", "RERANKING_PYTHON", "MODEL_PATHS"])
+    assert sentence == "RERANKING_MODEL is no setting and is ignored; did you mean RERANKING_MODEL_PATH?"
 
 
 @pytest.mark.parametrize("name", NUMBERS)

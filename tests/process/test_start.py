@@ -123,6 +123,12 @@ def test_wrong_usage_ends_although_nobody_reads_a_full_stderr(spawn):
     assert host.wait_exit(5) == 64
 
 
+def test_a_misnamed_variable_is_a_warning(spawn):
+    host = spawn(env={"RERANKING_MODEL": "elsewhere"})
+    host.wait_ready()
+    host.logged("did you mean RERANKING_MODEL_PATH?")
+
+
 WITHOUT_PACKAGES = ["-S"]
 TOO_OLD = ["-c", "import sys; sys.version_info = (3, 10, 4); from reranker_worker.cli import main; main(sys.argv[1:])"]
 NO_ORJSON, OLD = "The Python package orjson is not installed for ", "The worker needs Python 3.11 or newer, and "
