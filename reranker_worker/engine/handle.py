@@ -29,6 +29,7 @@ _PIPE_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
 _MAX_LOG_LINE_BYTES = 3000
 _F_SETPIPE_SZ = 1031
+_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _ALLOWED_NAMES = frozenset(
     (
         "PATH HOME USER LOGNAME LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH XDG_CACHE_HOME "
@@ -92,6 +93,8 @@ class EngineProcess:
             return
         self._close()
         ends: list[int] = []
+        # They wait while the engine imports: one for the whole group would end it before it can ignore them (`child._isolate`).
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
         try:
             for _ in range(3):
                 ends += os.pipe()
@@ -108,6 +111,8 @@ class EngineProcess:
             for descriptor in ends:
                 os.close(descriptor)
             raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for descriptor in (requests_r, results_w, log_w):
             os.close(descriptor)
         self.requests_fd, self.results_fd, self.log_fd = requests_w, results_r, log_r
