@@ -65,7 +65,7 @@ def _explain(arguments: list[str]) -> NoReturn:
 
 def _serve(arguments: list[str]) -> NoReturn:
     """Serve until the host is done. Ends by `os._exit`: threads that a deaf host blocks must not hold the process."""
-    from reranker_worker.streams import claim, last_words, refuse_start
+    from reranker_worker.streams import claim, refuse_start
 
     streams = claim()
     try:
@@ -83,6 +83,8 @@ def _serve(arguments: list[str]) -> NoReturn:
     except ModuleNotFoundError as error:
         _refuse_python("serve", _missing(error), streams.answers_fd)
     except Exception as error:  # the process boundary: never a traceback with request text
+        from reranker_worker.logs import last_words  # not before: a start that goes well waits for no import that it can do without
+
         last_words(f"internal error: {type(error).__name__} in {_where(error)}")
         code = INTERNAL_ERROR
     os._exit(code)
@@ -94,19 +96,17 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 def _refuse_python(command: str, sentence: str, answers_fd: int) -> NoReturn:
     """The host or the person started the wrong Python, as one does who forgets the virtual environment: say so with nothing but its own library."""
-    if command == "serve":
-        import json
+    if command != "serve":
+        sys.stderr.write(f"{command}: {sentence}\n")
+        sys.exit(BAD_CONFIGURATION)
+    import json
 
-        now = round(time.time(), 3)
-        answer = {"error": sentence, "code": "MODEL_LOAD_ERROR", "retryable": False, "timestamp": now}
-        record = {"time": now, "level": "ERROR", "source": "worker", "message": sentence}
-        with contextlib.suppress(OSError):
-            os.write(answers_fd, json.dumps(answer).encode() + b"\n")
-            sentence = json.dumps(record)
-    else:
-        sentence = f"{command}: {sentence}"
+    from reranker_worker.logs import last_words
+
+    last_words(sentence)
+    answer = {"error": sentence, "code": "MODEL_LOAD_ERROR", "retryable": False, "timestamp": round(time.time(), 3)}
     with contextlib.suppress(OSError):
-        os.write(2, sentence.encode("ascii", "backslashreplace") + b"\n")
+        os.write(answers_fd, json.dumps(answer).encode() + b"\n")
     os._exit(BAD_CONFIGURATION)
 
 

@@ -150,7 +150,7 @@ def from_flags(namespace: argparse.Namespace, environ: Mapping[str, str]) -> Con
         source = flag_name(item.name)
         if raw is None:
             raw, source = environ.get(env_name(item.name)), env_name(item.name)
-        if raw is not None and not (raw == "" and source.startswith("RERANKING_")):
+        if raw is not None and not (raw == "" and source.startswith(_PREFIX)):
             changes[item.name] = parse_value(item.name, raw, source)
     return replace(Config(), **changes)
 

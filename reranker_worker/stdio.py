@@ -54,7 +54,6 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGINT, (lambda *_: None) if on_terminal else signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # A spawner's blocked mask is inherited and would make SIGTERM ineffective for ever.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 

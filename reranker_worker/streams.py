@@ -16,7 +16,6 @@ from collections import deque
 from dataclasses import dataclass
 
 _LAST_WORDS_SECONDS = 1.0
-_LOG_FLUSH_SECONDS = 0.1
 _TIOCOUTQ = 0x5411
 
 
@@ -144,6 +143,7 @@ def _unread_bytes(fd: int) -> int | None:
 
 def refuse_start(streams: Streams, error: str) -> None:
     """Tell the host in its own language why there will be no `ready`; the known host shows this text to its user."""
+    from reranker_worker.logs import last_words
     from reranker_worker.protocol import Code, Refusal, error_answer, serialize
 
     last_words(error)
@@ -152,12 +152,3 @@ def refuse_start(streams: Streams, error: str) -> None:
     writer = AnswerWriter(streams.answers_fd)
     writer.put([serialize(error_answer(Refusal(None, Code.MODEL_LOAD_ERROR, sentence), time.time()))])
     writer.flush(_LAST_WORDS_SECONDS)
-
-
-def last_words(message: str) -> None:
-    """One log line before the end, without waiting for a host that never reads its stderr."""
-    from reranker_worker.logs import Log
-
-    log = Log(2, "ERROR")
-    log.write("ERROR", "worker", message)
-    log.flush(_LOG_FLUSH_SECONDS)

@@ -29,7 +29,6 @@ _PIPE_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
 _MAX_LOG_LINE_BYTES = 3000
 _F_SETPIPE_SZ = 1031
-_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _ALLOWED_NAMES = frozenset(
     (
         "PATH HOME USER LOGNAME LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD DYLD_LIBRARY_PATH XDG_CACHE_HOME "
@@ -94,7 +93,7 @@ class EngineProcess:
         self._close()
         ends: list[int] = []
         # They wait while the engine imports: one for the whole group would end it before it can ignore them (`child._isolate`).
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             for _ in range(3):
                 ends += os.pipe()
