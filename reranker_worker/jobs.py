@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -141,12 +142,18 @@ class Slice:
     documents: Sequence[str]
 
 
+class Room(IntEnum):
+    """What may be sent to an engine: nothing, a short batch, or else a long request, or else also a part of a longer one."""
+
+    NONE, SHORT, LONG, PART = range(4)
+
+
 @dataclass(slots=True, eq=False)
 class Batch:
     """One send to an engine. `groups` is what travels: [query, max_length, max_document_tokens, instruction, documents].
 
-    `alone`: nothing may be sent beside it. `long`: a request that takes more than two batches' time, or a part of one. `overtaken`: so many
-    later batches at most are scored before it.
+    `alone`: nothing may be sent beside it. `long`: it takes more than two batches' time, or is a `part` of a request that takes more than it may
+    whole. `overtaken`: so many later batches at most are scored before it.
     """
 
     number: int
@@ -155,6 +162,7 @@ class Batch:
     expected_ms: float = 0.0
     alone: bool = False
     long: bool = False
+    part: bool = False
     overtaken: int = 0
 
     @property

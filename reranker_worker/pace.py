@@ -42,9 +42,10 @@ class Pace:
         self.tokens_per_ms = max(0.1, tokens_per_ms)
         self._tokens, self._ms = self.tokens_per_ms * _FIRST_MS, _FIRST_MS
 
-    def budget_tokens(self, target_ms: float) -> float:
-        """Tokens of a batch that takes about `target_ms`, but at least one full pass: on a slow machine less would only cost more."""
-        return max(1.0, self.tokens_per_ms * target_ms, self.pass_tokens)
+    def budget_tokens(self, target_ms: float, share: int = 1) -> float:
+        """Tokens of a batch that takes about `target_ms`, but at least what keeps one of `share` parts of the engine busy: on a slow machine less
+        would only cost more."""
+        return max(1.0, self.tokens_per_ms * target_ms, self.pass_tokens / share)
 
     def next_tokens(self, job: Job) -> float:
         """Estimated tokens of a job's next pair; it must have one."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduling import check_scores, make_job, result_of, run_dry, texts
 
-from reranker_worker.scheduler import Batch, Job, Scheduler
+from reranker_worker.scheduler import Batch, Job, Room, Scheduler
 
 TARGET_MS = 50.0
 CHARS = 300  # of a document: about 78 tokens
@@ -128,21 +128,87 @@ def test_without_room_for_a_long_request_only_short_ones_are_sent() -> None:
     for before in range(5):  # also when it is the turn of the oldest
         scheduler = make()
         scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
-        assert scheduler.next_batch(0.0, long=False) is None
+        assert scheduler.next_batch(0.0, room=Room.SHORT) is None
         scheduler.pace.parallel = 2
         scheduler.add(make_job(3, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))  # it would be whole with a batch, but a long one
-        assert scheduler.next_batch(0.0, long=False) is None
+        assert scheduler.next_batch(0.0, room=Room.SHORT) is None
         for number in range(before):
             scheduler.add(make_job(10 + number, *texts(f"{number}.", 2, CHARS)))
-            assert scheduler.next_batch(0.0, long=False) is not None
+            assert scheduler.next_batch(0.0, room=Room.SHORT) is not None
         scheduler.add(make_job(2, *texts("small", 2, CHARS)))
-        batch = scheduler.next_batch(0.0, long=False)
+        batch = scheduler.next_batch(0.0, room=Room.SHORT)
         assert batch is not None
         assert batch.slices[0].job.number == 2
         assert not batch.long
         last = scheduler.next_batch(0.0)
         assert last is not None
         assert last.long
+
+
+def test_a_long_request_need_not_wait_for_parts_of_a_longer_one() -> None:
+    scheduler = make()
+    scheduler.pace.parallel = 2
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    part = scheduler.next_batch(0.0)
+    assert scheduler.next_batch(0.0, room=Room.LONG) is None
+    scheduler.add(make_job(2, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))
+    long = scheduler.next_batch(0.0, room=Room.LONG)
+    assert part is not None
+    assert long is not None
+    assert part.part
+    assert long.long
+    assert not long.part
+    assert long.num_pairs == 6 * PAIRS_A_BATCH
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_parts_of_a_long_request_are_half_as_large_while_others_come(parallel: int) -> None:
+    scheduler = make()
+    scheduler.pace.parallel, scheduler.pace.pass_tokens = parallel, 3 * 78
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    sizes = []
+    for number, now in enumerate((0.0, 0.5, 1.1)):
+        if number == 1:
+            scheduler.add(make_job(2, *texts("small", 4, CHARS)))
+            whole = scheduler.next_batch(0.0)
+            assert whole is not None
+            assert whole.slices[0].job.number == 2
+        part = scheduler.next_batch(now)
+        assert part is not None
+        assert part.part
+        sizes.append(part.num_pairs)
+    before, beside, after = sizes
+    assert beside == before // 2
+    assert after == before
+
+
+def test_however_many_others_come_a_long_request_has_parts_of_full_size() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    parts = []
+    for number in range(2, 50):
+        scheduler.add(make_job(number, *texts(f"{number}.", PAIRS_A_BATCH, CHARS)))
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+        if batch.part:
+            parts.append(batch.num_pairs)
+    assert len(parts) >= 48 // 4
+    assert min(parts) >= PAIRS_A_BATCH - 1
+
+
+def test_the_end_of_a_long_request_is_no_other() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("large", 2 * PAIRS_A_BATCH + 60, CHARS)))
+    scheduler.add(make_job(2, *texts("larger", 1000, CHARS)))
+    sizes = set[int]()
+    while scheduler.jobs()[0].unsent:
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+    for _ in range(4):
+        batch = scheduler.next_batch(0.0)
+        assert batch is not None
+        sizes.add(batch.num_pairs)
+    assert min(sizes) >= PAIRS_A_BATCH - 1
 
 
 def test_a_small_request_overtakes_a_part_of_a_long_one_unless_its_priority_is_worse() -> None:
@@ -264,7 +330,7 @@ def test_what_follows_a_request_that_is_being_scored_already_has_a_batch_of_its_
     scheduler.next_batch(0.0)
     scheduler.add(make_job(2, *texts("same", same, CHARS)))  # nothing of it travels
     scheduler.add(make_job(3, *texts("large", 1000, CHARS)))
-    batch = scheduler.next_batch(0.0)
+    batch = scheduler.next_batch(2.0)  # nothing else came for a while
     assert batch is not None
     assert {item.job.number for item in batch.slices} == {3}
     assert batch.num_pairs >= PAIRS_A_BATCH - 1

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 from scheduling import check_scores, pairs_of, result_of
 
-from reranker_worker.scheduler import Batch, Job, Scheduler
+from reranker_worker.scheduler import Batch, Job, Room, Scheduler
 
 DOCUMENTS = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=7)
 GROUPS = st.lists(st.tuples(st.sampled_from("qr"), DOCUMENTS), min_size=1, max_size=3)
@@ -50,11 +50,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.deaths[job.number] = 0
         self.scheduler.add(job)
 
-    @rule(target=batches, idle=st.booleans(), most=st.none() | st.integers(1, 9), long=st.booleans())
-    def send(self, idle: bool, most: int | None, long: bool) -> Batch | None:
-        batch = self.scheduler.next_batch(self.now, idle=idle, max_pairs=most, long=long)
+    @rule(target=batches, idle=st.booleans(), most=st.none() | st.integers(1, 9), room=st.sampled_from([Room.SHORT, Room.LONG, Room.PART]))
+    def send(self, idle: bool, most: int | None, room: Room) -> Batch | None:
+        batch = self.scheduler.next_batch(self.now, idle=idle, max_pairs=most, room=room)
         if batch is not None:
-            assert long or not batch.long
+            assert room >= (Room.PART if batch.part else Room.LONG if batch.long else Room.SHORT)
             assert 1 <= batch.num_pairs <= min(MOST_PAIRS, most or MOST_PAIRS) or batch.alone
             flying = [pair for other in self.in_flight for pair in pairs_of(other)]
             pairs = pairs_of(batch)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reranker_worker.engine.restarts import PERMANENT_EXIT_CODES, Restarts
 from reranker_worker.reports import EngineStatus
-from reranker_worker.scheduler import Batch, Result
+from reranker_worker.scheduler import Batch, Result, Room
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from reranker_worker.config import Config
 
-# One is scored while the next is on its way; a long one may be the third: parts of a long request are single passes on a machine with two threads,
-# so that it waits for the thread that is free first, and nobody waits for it, as short ones overtake it.
+# One is scored while the next is on its way; a long one may be the third, and nobody waits for it, as short ones overtake it. Parts of a longer one
+# are single passes on a machine with two threads: the third waits for the thread that is free first.
 _MOST_SHORT, _MOST_LONG = 2, 3
 # An engine without progress is given this long after a deadline has passed, or four times its slowest pass.
 _GRACE_SECONDS = 1.0
@@ -96,15 +96,15 @@ class Engine:
     kill_reason: str = ""
 
     @property
-    def has_room(self) -> bool:
-        """True when another batch may be sent: two at most, not counting long ones, and nothing beside a batch that is tried alone."""
+    def room(self) -> Room:
+        """What it may be sent: nothing beside a batch that is tried alone; a long request need not wait for parts of a longer one, nor a short one
+        for either, because it overtakes them."""
         batches = self.in_flight.values()
-        return self.state == "ready" and sum(not batch.long for batch in batches) < _MOST_SHORT and not any(batch.alone for batch in batches)
-
-    @property
-    def has_room_for_long(self) -> bool:
-        """True when it may be a long request or a part of one."""
-        return self.has_room and len(self.in_flight) < _MOST_LONG
+        if self.state != "ready" or any(batch.alone for batch in batches) or sum(not batch.long for batch in batches) >= _MOST_SHORT:
+            return Room.NONE
+        if len(batches) < _MOST_LONG:
+            return Room.PART
+        return Room.LONG if sum(not batch.part for batch in batches) < _MOST_LONG else Room.SHORT
 
     def makes_progress(self, frame: dict[str, Any]) -> bool:
         """False for news of a batch behind one that must have been begun before: if that one hangs, its thread alone stands still."""

@@ -10,7 +10,7 @@ from scheduling import make_job
 
 from reranker_worker.config import Config
 from reranker_worker.engine.fleet import Fleet, LoadFailed, Loading, Lost, Ready, Scored
-from reranker_worker.scheduler import Batch, Scheduler
+from reranker_worker.scheduler import Batch, Room, Scheduler
 
 INFO = {"max_length": 512}
 
@@ -60,8 +60,7 @@ def test_the_least_busy_engine_comes_first_and_two_batches_fill_one() -> None:
     fleet.send(fleet.engines[0], first, 0.0)
     assert fleet.ready == [fleet.engines[1], fleet.engines[0]]
     fleet.send(fleet.engines[0], second, 0.0)
-    assert not fleet.engines[0].has_room
-    assert fleet.engines[1].has_room
+    assert [engine.room for engine in fleet.engines] == [Room.NONE, Room.PART]
     fleet.send(fleet.engines[1], third, 0.0)
     assert [[frame["batch"] for frame in link.frames] for link in links] == [[first.number, second.number], [third.number]]
 
@@ -71,17 +70,26 @@ def test_parts_of_a_long_request_leave_room_for_a_whole_one_that_overtakes_them(
     (engine,) = fleet.engines
     *parts, whole, second = batches("a", "b", "c", "d", "e")
     for part in parts:
-        assert engine.has_room_for_long
-        part.long, part.overtaken = True, 4
+        assert engine.room == Room.PART
+        part.long, part.part, part.overtaken = True, True, 4
         fleet.send(engine, part, 0.0)
-    assert not engine.has_room_for_long
-    assert engine.has_room
+    assert engine.room == Room.LONG
     fleet.send(engine, whole, 0.0)
-    assert engine.has_room
+    assert engine.room == Room.LONG
     fleet.send(engine, second, 0.0)
-    assert not engine.has_room
+    assert engine.room == Room.NONE
     orders = [frame["order"] for frame in links[0].frames]
     assert max(orders[3:]) < min(orders[:3])
+
+
+def test_long_requests_leave_room_for_short_ones() -> None:
+    fleet, _ = make()
+    (engine,) = fleet.engines
+    for request in batches("a", "b", "c"):
+        assert engine.room == Room.PART
+        request.long = True
+        fleet.send(engine, request, 0.0)
+    assert engine.room == Room.SHORT
 
 
 def test_no_more_than_four_later_batches_overtake_a_part_of_a_long_request() -> None:
@@ -110,7 +118,7 @@ def test_nothing_is_sent_beside_a_batch_that_is_tried_alone() -> None:
     (batch,) = batches("a")
     batch.alone = True
     fleet.send(fleet.engines[0], batch, 0.0)
-    assert not fleet.engines[0].has_room
+    assert fleet.engines[0].room == Room.NONE
 
 
 def test_a_scored_batch_is_handed_back_once_with_its_result() -> None:
