@@ -33,8 +33,10 @@ _TURNS = 4
 # request: ten passages in float32 are 2.2 of them on two cores with AVX2, and in parts of single passes took 10 % longer (measured in turns).
 _SHORT, _LONG = 2.0, 4.0
 # For so long after a request was sent whole others are expected: a part of a longer one is then a single small pass, so that they wait for less. Ten
-# passages beside a thousand on two cores, float32: p50 133 ms, p95 174; with larger parts 160 and 205 (in turns). Small parts alone cost 4 %.
-_MIXED_SECONDS = 1.0
+# passages beside a thousand on two cores, float32: p50 133 ms, p95 174; with larger parts 160 and 205 (in turns). Alone small parts cost 4 %, and
+# beside one such request after the other the long one has a fifth of the machine with them, otherwise a third: so only one that has four times the
+# time that it would take alone gives way.
+_MIXED_SECONDS, _PATIENCE = 1.0, 4.0
 # So many later batches at most overtake a part of a request that is longer than that, or a long one that waits in the engine.
 _OVERTAKE_PART, _OVERTAKE_LONG = 4, 2
 
@@ -262,7 +264,7 @@ class Scheduler:
                 if room < (Room.PART if expected > whole else Room.LONG if is_long else Room.SHORT):
                     return None
                 is_new_whole = expected <= whole and job.dispatched_at is None
-                budget = self._part_tokens(now) if expected > whole else target
+                budget = self._part_tokens(job, now) if expected > whole else target
                 most = budget if expected > whole else whole if is_long else short
             else:
                 if expected > budget - tokens:
@@ -291,10 +293,12 @@ class Scheduler:
             self._long_priorities[batch.number] = head.priority
         return batch
 
-    def _part_tokens(self, now: float) -> float:
-        """What a part of a long request may hold. Two are being scored: together they take the target time, or half of it if others are expected,
-        unless the request has had no turn for long."""
-        if now - self._whole_sent_at < _MIXED_SECONDS and self._batches_past_oldest < _TURNS - 1:
+    def _part_tokens(self, job: Job, now: float) -> float:
+        """What a part of a long request may hold. Two are being scored: together they take the target time, or half of it if others are expected and
+        the request has time for that."""
+        alone_ms = job.missing * self.pace.tokens_per_pair / self.pace.tokens_per_ms
+        has_time = (job.deadline - now) * 1e3 > _PATIENCE * alone_ms and self._batches_past_oldest < _TURNS - 1
+        if has_time and now - self._whole_sent_at < _MIXED_SECONDS:
             return self.pace.budget_tokens(self._batch_target_ms / 4, self.pace.parallel)
         return self.pace.budget_tokens(self._batch_target_ms / 2)
 

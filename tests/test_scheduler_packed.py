@@ -182,6 +182,24 @@ def test_parts_of_a_long_request_are_half_as_large_while_others_come(parallel: i
     assert after == before
 
 
+def test_a_long_request_that_has_little_time_keeps_its_parts_whoever_comes() -> None:
+    """Of 1,000 pairs of 78 tokens at 20 a millisecond: alone they take 3.9 s."""
+    sizes = []
+    for deadline in (15.0, 16.5):
+        scheduler = make()
+        scheduler.pace.tokens_per_pair = 78.0
+        scheduler.add(make_job(1, *texts("large", 1000, CHARS), deadline=deadline))
+        scheduler.add(make_job(2, *texts("small", 4, CHARS)))
+        assert scheduler.next_batch(0.0) is not None
+        part = scheduler.next_batch(0.0)
+        assert part is not None
+        assert part.part
+        sizes.append(part.num_pairs)
+    hurried, patient = sizes
+    assert hurried >= PAIRS_A_BATCH - 1
+    assert patient == hurried // 2
+
+
 def test_however_many_others_come_a_long_request_has_parts_of_full_size() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
