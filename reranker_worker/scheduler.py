@@ -261,11 +261,12 @@ class Scheduler:
             expected = job.unsent * self.pace.tokens_per_pair
             if not slices:
                 head, is_long = job, expected > short
-                if room < (Room.PART if expected > whole else Room.LONG if is_long else Room.SHORT):
+                is_cut = expected > whole
+                if room < (Room.SHORT if not is_long else Room.PART if is_cut or not self._has_time(oldest, now) else Room.LONG):
                     return None
-                is_new_whole = expected <= whole and job.dispatched_at is None
-                budget = self._part_tokens(job, now) if expected > whole else target
-                most = budget if expected > whole else whole if is_long else short
+                is_new_whole = not is_cut and job.dispatched_at is None
+                budget = self._part_tokens(job, now) if is_cut else target
+                most = budget if is_cut else whole if is_long else short
             else:
                 if expected > budget - tokens:
                     # What is whole with this batch need not wait for a part of what is not, but for as much as keeps the engine busy.
@@ -296,11 +297,14 @@ class Scheduler:
     def _part_tokens(self, job: Job, now: float) -> float:
         """What a part of a long request may hold. Two are being scored: together they take the target time, or half of it if others are expected and
         the request has time for that."""
-        alone_ms = job.missing * self.pace.tokens_per_pair / self.pace.tokens_per_ms
-        has_time = (job.deadline - now) * 1e3 > _PATIENCE * alone_ms and self._batches_past_oldest < _TURNS - 1
-        if has_time and now - self._whole_sent_at < _MIXED_SECONDS:
+        is_mixed = now - self._whole_sent_at < _MIXED_SECONDS
+        if is_mixed and self._has_time(job, now) and self._batches_past_oldest < _TURNS - 1:
             return self.pace.budget_tokens(self._batch_target_ms / 4, self.pace.parallel)
         return self.pace.budget_tokens(self._batch_target_ms / 2)
+
+    def _has_time(self, job: Job, now: float) -> bool:
+        """Whether it would meet its deadline if it gave way to others."""
+        return (job.deadline - now) * 1e3 > _PATIENCE * job.missing * self.pace.tokens_per_pair / self.pace.tokens_per_ms
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.

@@ -200,6 +200,17 @@ def test_a_long_request_that_has_little_time_keeps_its_parts_whoever_comes() -> 
     assert patient == hurried // 2
 
 
+def test_a_long_request_waits_for_parts_of_one_that_has_little_time() -> None:
+    """As above."""
+    for deadline, waits in ((15.0, True), (16.5, False)):
+        scheduler = make()
+        scheduler.pace.parallel, scheduler.pace.tokens_per_pair = 2, 78.0
+        scheduler.add(make_job(1, *texts("large", 1000, CHARS), deadline=deadline))
+        scheduler.add(make_job(2, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))
+        scheduler.add(make_job(3, *texts("longest", 1000, CHARS)))
+        assert (scheduler.next_batch(0.0, room=Room.LONG) is None) == waits
+
+
 def test_however_many_others_come_a_long_request_has_parts_of_full_size() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
