@@ -253,7 +253,7 @@ class Scheduler:
         else:
             jobs.sort(key=lambda job: (job.priority, job.number))
         slices: list[Slice] = []
-        tokens, left, budget, is_long, is_new_whole = 0.0, limit, target, False, False
+        tokens, left, budget, is_long, is_cut, is_new_whole = 0.0, limit, target, False, False, False
         short, whole = _SHORT * target, (_LONG if self.pace.parallel > 1 else _SHORT) * target
         unsent = oldest.unsent
         head = jobs[0]  # what the batch begins with: all before it were being scored already
@@ -288,7 +288,7 @@ class Scheduler:
         # What is sooner done overtakes what takes longer, but not that of a better priority.
         yields = is_part or head.priority > min(self._long_priorities.values(), default=head.priority)
         batch = self._batch(slices, tokens)
-        batch.long, batch.part = is_long, is_part
+        batch.long, batch.part = is_long, is_part and is_cut
         batch.overtaken = _OVERTAKE_PART if yields else _OVERTAKE_LONG if is_long else 0
         if is_long:
             self._long_priorities[batch.number] = head.priority

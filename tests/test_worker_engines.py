@@ -46,6 +46,14 @@ def test_a_request_of_three_batches_is_sent_whole_to_an_engine_of_several_thread
         assert (len(hall.links[0].frames) == 1) == whole
 
 
+def test_an_engine_gets_no_more_than_three_batches_of_a_long_request_however_small_they_are() -> None:
+    for documents in (24, 2000):  # whole and in parts, if a batch might hold more
+        hall = Hall(start=False, max_batch_pairs=1, max_documents=5000)
+        hall.ready(packed=True, parallel_passes=2)
+        hall.rerank(*(f"{number}".ljust(300, ".") for number in range(documents)))
+        assert len(hall.links[0].frames) == 3
+
+
 def test_every_engine_gets_its_first_batch_before_any_gets_its_second() -> None:
     hall = Hall(engines=3)
     hall.rerank(*(f"{number}" for number in range(96)))

@@ -104,6 +104,7 @@ DEFECTS = [
     Defect("nothing overtakes a part of a long request", "scheduling", _JOBS, "(self.overtaken + 1 if self.overtaken else 0)", "0", "tests/engine/test_fleet.py"),
     Defect("parts of a long request take the room of whole ones", "scheduling", _FLEET, "sum(not batch.long for batch in batches) >= _MOST_SHORT", "len(batches) >= _MOST_SHORT", "tests/engine/test_fleet.py"),
     Defect("a long request has no room beside parts of a longer one", "scheduling", _FLEET, "sum(not batch.part for batch in batches) < _MOST_LONG", "len(batches) < _MOST_LONG", "tests/engine/test_fleet.py"),
+    Defect("bites of a long request count as parts of a longer one", "scheduling", _SCHEDULER, "is_part and is_cut", "is_part", "tests/test_worker_engines.py -k however_small"),
     Defect("parts of a long request stay large while others come", "scheduling", _SCHEDULER, "_MIXED_SECONDS, _PATIENCE = 1.0, 4.0", "_MIXED_SECONDS, _PATIENCE = 0.0, 4.0", "tests/test_scheduler_packed.py -k while_others_come"),
     Defect("the end of a long request is taken for another", "scheduling", _SCHEDULER, "not is_cut and job.dispatched_at is None", "not is_cut", "tests/test_scheduler_packed.py -k is_no_other"),
     Defect("a long request behind many others has small parts", "scheduling", _SCHEDULER, " and self._batches_past_oldest < _TURNS - 1:", ":", "tests/test_scheduler_packed.py -k however_many"),
