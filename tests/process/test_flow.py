@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 from host import Host, request
-from states import bring_to, in_flight
+from states import bring_to, in_flight, while_importing
 
 from reranker_worker.backends.fake import fake_probability
 
-SLOW_NOISE = 'import os, sys\nif sys.argv[0] == "-c":\n    for n in range(2000): os.write(2, b"noise of a library %d " % n + b"x" * 100 + b"\\n")\n'
-IMPORT = 'sys.path.remove(os.path.dirname(__file__)); del sys.modules["orjson"]\nimport orjson\n'
+SLOW_NOISE = 'if sys.argv[0] == "-c":\n    for n in range(2000): os.write(2, b"noise of a library %d " % n + b"x" * 100 + b"\\n")\n'
 
 
 def expect_scores(answer: dict, documents: list[str], query: str = "query") -> None:
@@ -40,8 +39,7 @@ def test_a_full_stderr_that_nobody_reads_stops_nothing(spawn):
 
 
 def test_a_stderr_that_is_full_before_the_model_is_loaded_stops_nothing(spawn, tmp_path):
-    (tmp_path / "orjson.py").write_text(SLOW_NOISE + IMPORT)
-    host = spawn(stderr="never", env={"PYTHONPATH": str(tmp_path)})
+    host = spawn(stderr="never", env=while_importing(tmp_path, SLOW_NOISE))
     host.wait_ready()
     expect_scores(host.ask(request(["a"])), ["a"])
 

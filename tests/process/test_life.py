@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from host import HostError, is_running, request
-from states import PROMPT, STATES, bring_to, seconds_to_exit
+from states import PROMPT, STATES, bring_to, seconds_to_exit, while_importing
 
 GONE_WITHIN = 1.5  # promised: 1 s after the host's death
 
@@ -43,14 +43,8 @@ def test_the_host_s_death_ends_a_worker_that_waits_for_its_last_answers_to_be_re
 
 def test_a_host_that_died_while_python_started_is_noticed(spawn, tmp_path):
     """The parent is remembered before the imports: here they wait until the host is dead."""
-    (tmp_path / "orjson.py").write_text(
-        "import os, select, sys, time\n"
-        f"open({str(tmp_path / 'importing')!r}, 'w').close()\n"
-        f"while not os.path.exists({str(tmp_path / 'go')!r}): select.select([], [], [], 0.01)\n"
-        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
-        "import orjson\n"
-    )
-    host = spawn(keeper=True, env={"PYTHONPATH": str(tmp_path)})
+    code = "open(here + '/importing', 'w').close()\nwhile not os.path.exists(here + '/go'): select.select([], [], [], 0.01)"
+    host = spawn(keeper=True, env=while_importing(tmp_path, code))
     host.until((tmp_path / "importing").exists, 10, "the import")
     host.kill_keeper()
     (tmp_path / "go").touch()
@@ -58,10 +52,7 @@ def test_a_host_that_died_while_python_started_is_noticed(spawn, tmp_path):
 
 
 def test_without_a_descriptor_of_the_host_its_death_is_seen_by_the_changed_parent(spawn, tmp_path):
-    (tmp_path / "orjson.py").write_text(
-        "import os, sys\ndel os.pidfd_open\nsys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\nimport orjson\n"
-    )
-    host = bring_to(spawn, "idle", keeper=True, env={"PYTHONPATH": str(tmp_path)})
+    host = bring_to(spawn, "idle", keeper=True, env=while_importing(tmp_path, "del os.pidfd_open"))
     host.kill_keeper()
     host.wait_exit(GONE_WITHIN)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from host import Host, request
+from states import while_importing
 
 MARKER = "zq7marker"
 HOSTILE = '\x1b[31mred\x1b[0m \r\n {"level":"ERROR"} \u2028\u2029\u0085 \x00\x07\x7f \U0001f600 \u202e'
@@ -61,14 +62,8 @@ def test_a_hostile_model_name_never_breaks_a_log_record(spawn, name):
 
 
 def test_hostile_bytes_of_native_code_never_break_a_log_record(spawn, tmp_path):
-    (tmp_path / "orjson.py").write_text(
-        "import os, sys\n"
-        "if sys.argv[0] == '-c':\n"
-        "    os.write(2, bytes(range(256)) * 40 + b'\\n' + b'z' * 50_000 + b'\\r\\n' + b'\\xf0\\x9f' * 3000)\n"
-        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
-        "import orjson\n"
-    )
-    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    noise = r"bytes(range(256)) * 40 + b'\n' + b'z' * 50_000 + b'\r\n' + b'\xf0\x9f' * 3000"
+    host = spawn(env=while_importing(tmp_path, f"if sys.argv[0] == '-c': os.write(2, {noise})"))
     host.wait_ready()
     assert sum(record["source"] == "engine" for record in stop(host)) > 10
 

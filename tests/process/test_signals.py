@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from host import request
-from states import PROMPT, bring_to, in_flight, seconds_to_exit
+from states import PROMPT, bring_to, in_flight, seconds_to_exit, while_importing
 
 HARMLESS = [signal.SIGINT, signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGWINCH]
 
@@ -51,25 +51,13 @@ def test_signals_that_reach_the_whole_group_of_the_host_change_nothing(spawn, st
 
 
 def test_an_interrupt_while_python_imports_changes_nothing(spawn, tmp_path):
-    (tmp_path / "orjson.py").write_text(
-        "import os, signal, sys\n"
-        "os.kill(os.getpid(), signal.SIGINT)\n"
-        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
-        "import orjson\n"
-    )
-    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    host = spawn(env=while_importing(tmp_path, "os.kill(os.getpid(), signal.SIGINT)"))
     host.wait_ready()
 
 
 @pytest.mark.parametrize("number", [*HARMLESS, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_no_signal_while_python_imports_loses_a_request(spawn, tmp_path, number):
-    (tmp_path / "orjson.py").write_text(
-        "import os, signal, sys\n"
-        f"os.kill(os.getpid(), {int(number)})\n"  # in the front, then in the engine
-        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
-        "import orjson\n"
-    )
-    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    host = spawn(env=while_importing(tmp_path, f"os.kill(os.getpid(), {int(number)})"))
     host.send(request(["a"], id=1))
     while (answer := host.read_line()).get("id") != 1:
         assert answer["type"] == "ready"

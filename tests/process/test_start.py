@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from host import request
-from states import LOADING
+from states import LOADING, while_importing
 
 from reranker_worker.machine import usable_threads
 
@@ -28,8 +28,6 @@ def test_a_start_that_hangs_is_given_up_while_controls_are_answered(spawn):
 
 # Imported by the front before it spawns engines, and by each engine: runs FRONT in the first process, `import_worker` when that imports the rest.
 _BETWEEN = """
-import os, select, sys, time
-here = os.path.dirname(__file__)
 def tell(name): open(os.path.join(here, name), "w").close()
 def told(name): return os.path.exists(os.path.join(here, name))
 if told("front"):
@@ -42,14 +40,11 @@ else:
             if name == "reranker_worker.worker":
                 {import_worker}
     sys.meta_path.insert(0, Finder)
-sys.path.remove(here); del sys.modules["orjson"]
-import orjson
 """
 
 
 def _shadowed(directory, front, import_worker):
-    (directory / "orjson.py").write_text(_BETWEEN.format(front=front, import_worker=import_worker))
-    return {"PYTHONPATH": str(directory)}
+    return while_importing(directory, _BETWEEN.format(front=front, import_worker=import_worker))
 
 
 @pytest.mark.skipif(usable_threads() < 2, reason="on one CPU the engine would keep the front from its first answers")
@@ -83,14 +78,8 @@ def test_a_max_length_without_room_for_a_document_is_the_settings_fault(spawn):
 
 
 def test_too_little_memory_for_one_pair_is_not_the_model_s_fault(spawn, tmp_path):
-    (tmp_path / "orjson.py").write_text(
-        "import os, sys\n"
-        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
-        "import orjson\n"
-        "import reranker_worker.models.known_pairs as known\n"
-        "known.ANY_PAIRS = [('a question', 'fake:oom1')]\n"
-    )
-    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    after = "import reranker_worker.models.known_pairs as known\nknown.ANY_PAIRS = [('a question', 'fake:oom1')]"
+    host = spawn(env=while_importing(tmp_path, "", after))
     assert host.read_line()["error"].startswith("There is not enough memory to score one short pair; ")
     assert host.wait_exit() == 71
 

@@ -9,6 +9,7 @@ import stat
 
 import pytest
 from host import Host, is_running, request
+from states import while_importing
 
 from reranker_worker.backends.fake import fake_probability
 
@@ -38,13 +39,7 @@ def test_noise_during_a_thousand_requests_tears_no_answer(spawn):
 
 def test_noise_while_python_starts_does_not_reach_stdout(spawn, tmp_path):
     """A module that prints when it is imported, in both processes."""
-    (tmp_path / "orjson.py").write_text(
-        "import os, sys, importlib.util\n"
-        "print('noise at import'); os.write(1, b'raw noise at import\\n')\n"
-        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['orjson']\n"
-        "import orjson\n"
-    )
-    host = spawn(env={"PYTHONPATH": str(tmp_path)})
+    host = spawn(env=while_importing(tmp_path, r"print('noise at import'); os.write(1, b'raw noise at import\n')"))
     host.wait_ready()
     host.logged("raw noise at import")
 
