@@ -143,7 +143,7 @@ class Slice:
 
 
 class Room(IntEnum):
-    """What may be sent to an engine: nothing, a short batch, or else a long request, or else also a part of a longer one."""
+    """What may be sent to an engine: nothing; a short batch; that or a long request, whole, that overtakes; anything."""
 
     NONE, SHORT, LONG, PART = range(4)
 

@@ -9,7 +9,6 @@ alone, so that only the culprit pays twice.
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -32,11 +31,10 @@ _TURNS = 4
 # In times of the target, what a batch may take if that makes a request whole, and, where the engine lets short ones overtake its passes, a long
 # request: ten passages in float32 are 2.2 of them on two cores with AVX2, and in parts of single passes took 10 % longer (measured in turns).
 _SHORT, _LONG = 2.0, 4.0
-# For so long after a request was sent whole others are expected: a part of a longer one is then a single small pass, so that they wait for less. Ten
-# passages beside a thousand on two cores, float32: p50 133 ms, p95 174; with larger parts 160 and 205 (in turns). Alone small parts cost 4 %, and
-# beside one such request after the other the long one has a fifth of the machine with them, otherwise a third: so only one that has four times the
-# time that it would take alone gives way.
-_MIXED_SECONDS, _PATIENCE = 1.0, 4.0
+# For so long after a request was sent whole others of its priority are expected: a part of a longer one of a worse priority is then a single small
+# pass, so that they wait for less, at a cost of 4 %. Of the same priority it is not: beside one request after the other it would have a fifth of the
+# machine and not a third.
+_MIXED_SECONDS = 1.0
 # So many later batches at most overtake a part of a request that is longer than that, or a long one that waits in the engine.
 _OVERTAKE_PART, _OVERTAKE_LONG = 4, 2
 
@@ -57,7 +55,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int]] = []
         self._batch_number = 0
         self._long_priorities: dict[int, int] = {}  # of the batches in flight that are long, by number
-        self._whole_sent_at = -math.inf
+        self._whole_sent: dict[int, float] = {}  # when a request of a priority was last sent whole
         self._batches_past_oldest = 0  # without a pair of the one that has waited longest
         self.waiting_pairs = 0
         self.waiting_bytes = 0
@@ -262,7 +260,7 @@ class Scheduler:
             if not slices:
                 head, is_long = job, expected > short
                 is_cut = expected > whole
-                if room < (Room.SHORT if not is_long else Room.PART if is_cut or not self._has_time(oldest, now) else Room.LONG):
+                if room < (Room.SHORT if not is_long else Room.LONG if not is_cut and self._is_better(job) else Room.PART):
                     return None
                 is_new_whole = not is_cut and job.dispatched_at is None
                 budget = self._part_tokens(job, now) if is_cut else target
@@ -282,7 +280,7 @@ class Scheduler:
         if not slices:
             return None
         if is_new_whole:
-            self._whole_sent_at = now
+            self._whole_sent[head.priority] = now
         is_part = is_long and all(item.job.unsent for item in slices)
         is_long = is_long and (is_part or tokens > short)
         # What is sooner done overtakes what takes longer, but not that of a better priority.
@@ -294,17 +292,18 @@ class Scheduler:
             self._long_priorities[batch.number] = head.priority
         return batch
 
-    def _part_tokens(self, job: Job, now: float) -> float:
-        """What a part of a long request may hold. Two are being scored: together they take the target time, or half of it if others are expected and
-        the request has time for that."""
-        is_mixed = now - self._whole_sent_at < _MIXED_SECONDS
-        if is_mixed and self._has_time(job, now) and self._batches_past_oldest < _TURNS - 1:
-            return self.pace.budget_tokens(self._batch_target_ms / 4, self.pace.parallel)
-        return self.pace.budget_tokens(self._batch_target_ms / 2)
+    def _is_better(self, job: Job) -> bool:
+        """Whether a long request in flight, or a part of one, has a worse priority."""
+        return any(priority > job.priority for priority in self._long_priorities.values())
 
-    def _has_time(self, job: Job, now: float) -> bool:
-        """Whether it would meet its deadline if it gave way to others."""
-        return (job.deadline - now) * 1e3 > _PATIENCE * job.missing * self.pace.tokens_per_pair / self.pace.tokens_per_ms
+    def _part_tokens(self, job: Job, now: float) -> float:
+        """What a part of a long request may hold. Two are being scored: they take the target time together, so that a newcomer waits for little, or
+        half of it where others of a better priority come."""
+        gives_way = any(priority < job.priority and now - sent < _MIXED_SECONDS for priority, sent in self._whole_sent.items())
+        if not gives_way:
+            return self.pace.budget_tokens(self._batch_target_ms / 2)
+        # Three of a single pass keep two threads busy, but not four.
+        return self.pace.budget_tokens(self._batch_target_ms / 4, 2 if self.pace.parallel == 2 else 1)
 
     def _narrow_batch(self, now: float, limit: int, budget: float) -> Batch | None:
         """A batch of one or few passes, on a slow machine: too small for the engine to sort, so it is made of pairs of like length.

@@ -145,99 +145,86 @@ def test_without_room_for_a_long_request_only_short_ones_are_sent() -> None:
         assert last.long
 
 
-def test_a_long_request_need_not_wait_for_parts_of_a_longer_one() -> None:
+@pytest.mark.parametrize(("priority", "waits"), [(4, False), (5, True), (6, True)])
+def test_a_long_request_waits_for_parts_of_a_longer_one_unless_its_priority_is_better(priority: int, waits: bool) -> None:
     scheduler = make()
     scheduler.pace.parallel = 2
-    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS), priority=5))
     part = scheduler.next_batch(0.0)
-    assert scheduler.next_batch(0.0, room=Room.LONG) is None
-    scheduler.add(make_job(2, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))
-    long = scheduler.next_batch(0.0, room=Room.LONG)
     assert part is not None
-    assert long is not None
     assert part.part
-    assert long.long
-    assert not long.part
-    assert long.num_pairs == 6 * PAIRS_A_BATCH
+    scheduler.add(make_job(2, *texts("longer", 6 * PAIRS_A_BATCH, CHARS), priority=priority))
+    long = scheduler.next_batch(0.0, room=Room.LONG)
+    assert (long is None) == waits
+    if long is not None:
+        assert (long.long, long.part, long.num_pairs) == (True, False, 6 * PAIRS_A_BATCH)
+        assert long.order < part.order
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_parts_of_a_long_request_are_half_as_large_while_others_come(parallel: int) -> None:
+def test_a_part_of_a_long_request_is_never_sent_for_its_priority_alone() -> None:
+    scheduler = make()
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS), priority=5))
+    assert scheduler.next_batch(0.0) is not None
+    scheduler.add(make_job(2, *texts("better", 1000, CHARS)))
+    assert scheduler.next_batch(0.0, room=Room.LONG) is None
+
+
+def test_a_bite_of_a_long_request_is_no_part_of_a_longer_one() -> None:
+    """However much less than expected fits: else the engine's room would never end."""
+    scheduler = Scheduler(max_batch_pairs=16, batch_target_ms=TARGET_MS)
+    scheduler.pace.assume(20.0)
+    scheduler.pace.packed, scheduler.pace.parallel, scheduler.pace.tokens_per_pair = True, 2, 78.0
+    scheduler.add(make_job(1, *texts("long", 40, CHARS)))
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert (batch.num_pairs, batch.long, batch.part) == (16, True, False)
+
+
+@pytest.mark.parametrize(("priority", "smaller"), [(4, True), (5, False)])
+@pytest.mark.parametrize("parallel", [1, 2, 4])
+def test_parts_of_a_long_request_are_smaller_while_others_of_a_better_priority_come(parallel: int, priority: int, smaller: bool) -> None:
     scheduler = make()
     scheduler.pace.parallel, scheduler.pace.pass_tokens = parallel, 3 * 78
-    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
+    scheduler.add(make_job(1, *texts("large", 1000, CHARS), priority=5))
     sizes = []
-    for number, now in enumerate((0.0, 0.5, 1.1)):
+    for number, now in enumerate((10.0, 10.5, 11.1)):
         if number == 1:
-            scheduler.add(make_job(2, *texts("small", 4, CHARS)))
-            whole = scheduler.next_batch(0.0)
-            assert whole is not None
-            assert whole.slices[0].job.number == 2
+            scheduler.add(make_job(2, *texts("small", 4, CHARS), priority=priority))
+            while scheduler.jobs()[1].unsent:
+                assert scheduler.next_batch(10.0) is not None
         part = scheduler.next_batch(now)
         assert part is not None
         assert part.part
         sizes.append(part.num_pairs)
     before, beside, after = sizes
-    assert beside == before // 2
+    assert beside == (before // 2 if smaller else before)
     assert after == before
 
 
-def test_a_long_request_that_has_little_time_keeps_its_parts_whoever_comes() -> None:
-    """Of 1,000 pairs of 78 tokens at 20 a millisecond: alone they take 3.9 s."""
+def test_smaller_parts_still_keep_every_thread_busy() -> None:
     sizes = []
-    for deadline in (15.0, 16.5):
+    for parallel in (2, 4):
         scheduler = make()
-        scheduler.pace.tokens_per_pair = 78.0
-        scheduler.add(make_job(1, *texts("large", 1000, CHARS), deadline=deadline))
+        scheduler.pace.parallel, scheduler.pace.pass_tokens = parallel, 8 * 78
+        scheduler.add(make_job(1, *texts("large", 1000, CHARS), priority=5))
         scheduler.add(make_job(2, *texts("small", 4, CHARS)))
-        assert scheduler.next_batch(0.0) is not None
-        part = scheduler.next_batch(0.0)
-        assert part is not None
-        assert part.part
-        sizes.append(part.num_pairs)
-    hurried, patient = sizes
-    assert hurried >= PAIRS_A_BATCH - 1
-    assert patient == hurried // 2
-
-
-def test_a_long_request_waits_for_parts_of_one_that_has_little_time() -> None:
-    """As above."""
-    for deadline, waits in ((15.0, True), (16.5, False)):
-        scheduler = make()
-        scheduler.pace.parallel, scheduler.pace.tokens_per_pair = 2, 78.0
-        scheduler.add(make_job(1, *texts("large", 1000, CHARS), deadline=deadline))
-        scheduler.add(make_job(2, *texts("longer", 6 * PAIRS_A_BATCH, CHARS)))
-        scheduler.add(make_job(3, *texts("longest", 1000, CHARS)))
-        assert (scheduler.next_batch(0.0, room=Room.LONG) is None) == waits
-
-
-def test_however_many_others_come_a_long_request_has_parts_of_full_size() -> None:
-    scheduler = make()
-    scheduler.add(make_job(1, *texts("large", 1000, CHARS)))
-    parts = []
-    for number in range(2, 50):
-        scheduler.add(make_job(number, *texts(f"{number}.", PAIRS_A_BATCH, CHARS)))
-        batch = scheduler.next_batch(0.0)
-        assert batch is not None
-        if batch.part:
-            parts.append(batch.num_pairs)
-    assert len(parts) >= 48 // 4
-    assert min(parts) >= PAIRS_A_BATCH - 1
+        for _ in range(2):
+            batch = scheduler.next_batch(0.0)
+            assert batch is not None
+        sizes.append(batch.num_pairs)
+    assert sizes == [3, 7]  # three of one pass are enough for two threads
 
 
 def test_the_end_of_a_long_request_is_no_other() -> None:
     scheduler = make()
     scheduler.add(make_job(1, *texts("large", 2 * PAIRS_A_BATCH + 60, CHARS)))
-    scheduler.add(make_job(2, *texts("larger", 1000, CHARS)))
-    sizes = set[int]()
+    scheduler.add(make_job(2, *texts("larger", 1000, CHARS), priority=5))
     while scheduler.jobs()[0].unsent:
-        batch = scheduler.next_batch(0.0)
-        assert batch is not None
-    for _ in range(4):
-        batch = scheduler.next_batch(0.0)
-        assert batch is not None
-        sizes.add(batch.num_pairs)
-    assert min(sizes) >= PAIRS_A_BATCH - 1
+        assert scheduler.next_batch(0.0) is not None
+    batch = scheduler.next_batch(0.0)
+    assert batch is not None
+    assert batch.part
+    assert batch.num_pairs >= PAIRS_A_BATCH - 1
 
 
 def test_a_small_request_overtakes_a_part_of_a_long_one_unless_its_priority_is_worse() -> None:

@@ -38,9 +38,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert job.crashes == 2
                 assert self.deaths[job.number] >= 2
 
-    @initialize(packed=st.booleans())
-    def know_the_engine(self, packed: bool) -> None:
-        self.scheduler.pace.packed = packed
+    @initialize(packed=st.booleans(), parallel=st.sampled_from([1, 2, 4]), speed=st.sampled_from([0.2, 4.0]))
+    def know_the_engine(self, packed: bool, parallel: int, speed: float) -> None:
+        pace = self.scheduler.pace
+        pace.packed, pace.parallel = packed, parallel
+        pace.assume(speed)
 
     @rule(groups=GROUPS, priority=st.sampled_from([0, 0, 3]), wait=st.floats(0.5, 20), length=st.sampled_from([0, 0, 9]))
     def add(self, groups: list[tuple[str, list[str]]], priority: int, wait: float, length: int) -> None:

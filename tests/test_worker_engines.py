@@ -46,6 +46,19 @@ def test_a_request_of_three_batches_is_sent_whole_to_an_engine_of_several_thread
         assert (len(hall.links[0].frames) == 1) == whole
 
 
+def test_a_long_request_of_a_better_priority_is_sent_beside_parts_of_a_longer_one() -> None:
+    hall = Hall(start=False, max_documents=5000)
+    hall.ready(packed=True, parallel_passes=2)
+    hall.rerank(*(f"{number}".ljust(400, ".") for number in range(2000)), id="longer", priority=5)
+    assert len(hall.links[0].frames) == 3
+    for number in range(2):
+        hall.rerank(*(f"{number}.{document}".ljust(300, ".") for document in range(20)), id=number)
+    *parts, first, second = hall.links[0].frames
+    assert len(parts) == 3
+    assert first["order"] < second["order"]
+    assert first["order"] < max(part["order"] for part in parts)
+
+
 def test_an_engine_gets_no_more_than_three_batches_of_a_long_request_however_small_they_are() -> None:
     for documents in (24, 2000):  # whole and in parts, if a batch might hold more
         hall = Hall(start=False, max_batch_pairs=1, max_documents=5000)

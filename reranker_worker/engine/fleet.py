@@ -97,8 +97,8 @@ class Engine:
 
     @property
     def room(self) -> Room:
-        """What it may be sent: nothing beside a batch that is tried alone; a long request need not wait for parts of a longer one, nor a short one
-        for either, because it overtakes them."""
+        """What it may be sent: nothing beside a batch that is tried alone; a short batch need not wait for long ones, nor a long request of a better
+        priority for parts of a longer one, because it overtakes them."""
         batches = self.in_flight.values()
         if self.state != "ready" or any(batch.alone for batch in batches) or sum(not batch.long for batch in batches) >= _MOST_SHORT:
             return Room.NONE
