@@ -230,14 +230,14 @@ class Scheduler:
                 continue
             slices, _, tokens = self._take(job, self._max_batch_pairs, self.pace.budget_tokens(self._batch_target_ms), now, force=True)
             if slices:
-                batch = self._batch(slices, tokens)
-                batch.alone = True
-                return batch
+                return self._batch(slices, tokens, alone=True)
         return None
 
-    def _batch(self, slices: list[Slice], tokens: float) -> Batch:
+    def _batch(
+        self, slices: list[Slice], tokens: float, *, alone: bool = False, long: bool = False, part: bool = False, overtaken: int = 0
+    ) -> Batch:
         self._batch_number += 1
-        return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms)
+        return Batch(self._batch_number, slices, round(tokens), tokens / self.pace.tokens_per_ms, alone, long, part, overtaken)
 
     def _packed_batch(self, now: float, limit: int, target: float, room: Room) -> Batch | None:
         """A batch for an engine that pads nothing: requests with the fewest pairs left come first, so that a small one behind a large one is
@@ -258,9 +258,9 @@ class Scheduler:
         for job in jobs:
             expected = job.unsent * self.pace.tokens_per_pair
             if not slices:
-                head, is_long = job, expected > short
-                is_cut = expected > whole
-                if room < (Room.SHORT if not is_long else Room.LONG if not is_cut and self._is_better(job) else Room.PART):
+                head, is_long, is_cut = job, expected > short, expected > whole
+                overtakes = not is_cut and self._is_better(job)
+                if is_long and room < (Room.LONG if overtakes else Room.PART):
                     return None
                 is_new_whole = not is_cut and job.dispatched_at is None
                 budget = self._part_tokens(job, now) if is_cut else target
@@ -285,9 +285,8 @@ class Scheduler:
         is_long = is_long and (is_part or tokens > short)
         # What is sooner done overtakes what takes longer, but not that of a better priority.
         yields = is_part or head.priority > min(self._long_priorities.values(), default=head.priority)
-        batch = self._batch(slices, tokens)
-        batch.long, batch.part = is_long, is_part and is_cut
-        batch.overtaken = _OVERTAKE_PART if yields else _OVERTAKE_LONG if is_long else 0
+        overtaken = _OVERTAKE_PART if yields else _OVERTAKE_LONG if is_long else 0
+        batch = self._batch(slices, tokens, long=is_long, part=is_part and is_cut, overtaken=overtaken)
         if is_long:
             self._long_priorities[batch.number] = head.priority
         return batch

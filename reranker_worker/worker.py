@@ -257,9 +257,9 @@ class Worker:
             ready = self.fleet.ready
             share = max(_LEAST_SHARE_PAIRS, -(-self.scheduler.waiting_pairs // len(ready))) if len(ready) > 1 else None
             for engine in ready:
-                if not engine.room:
+                if not (room := engine.room):
                     continue
-                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share, room=engine.room)
+                batch = self.scheduler.next_batch(now, idle=not engine.in_flight, max_pairs=share, room=room)
                 if batch is not None:
                     self.fleet.send(engine, batch, now)
                     supplied = True

@@ -346,7 +346,7 @@ def test_what_follows_a_request_that_is_being_scored_already_has_a_batch_of_its_
     scheduler.next_batch(0.0)
     scheduler.add(make_job(2, *texts("same", same, CHARS)))  # nothing of it travels
     scheduler.add(make_job(3, *texts("large", 1000, CHARS)))
-    batch = scheduler.next_batch(2.0)  # nothing else came for a while
+    batch = scheduler.next_batch(0.0)
     assert batch is not None
     assert {item.job.number for item in batch.slices} == {3}
     assert batch.num_pairs >= PAIRS_A_BATCH - 1
