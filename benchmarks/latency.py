@@ -60,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each (default 3)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each size and load in each turn (default 5)")
     parser.add_argument("--large", type=int, default=_LARGE, help=f"documents of the large request (default {_LARGE:,})")
+    parser.add_argument("--large-priority", type=int, default=0, help="priority of the large request (default 0, as the small ones; higher is worse)")
     add_worker_flags(parser)
     add_common_flags(parser)
     given = parser.parse_args(list(arguments))
@@ -94,7 +95,7 @@ def _one(worker: Client, make: Maker, given: argparse.Namespace, found: Found, n
         outcome = loads.open_loop(worker, make, _LOAD_DOCUMENTS, times)
         found[name, f"load {share:.0%}"].append(outcome.latencies_ms)
         failed.update({code: count for code, count in outcome.counts.items() if code != loads.SCORED})
-    large_ms, beside_ms = loads.beside(worker, make, given.large, _SMALL)
+    large_ms, beside_ms = loads.beside(worker, make, given.large, _SMALL, given.large_priority)
     found[name, "large"].append([large_ms])
     found[name, "beside"].append(beside_ms)
 

@@ -156,11 +156,11 @@ def open_loop(client: Client, make: Make, documents: int, times: Sequence[float]
     return outcome
 
 
-def beside(client: Client, make: Make, large: int, small: int) -> tuple[float, list[float]]:
-    """Milliseconds of a large request, and of the small ones sent one after the other while it ran."""
+def beside(client: Client, make: Make, large: int, small: int, priority: int = 0) -> tuple[float, list[float]]:
+    """Milliseconds of a large request of this priority, and of the small ones sent one after the other while it ran."""
     done = threading.Event()
     begin = time.perf_counter()
-    future = client.submit(make(large))
+    future = client.submit(make(large) | {"priority": priority})
     future.add_done_callback(lambda _: done.set())
     taken: list[float] = []
     while not done.is_set():
